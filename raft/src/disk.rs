@@ -1,0 +1,75 @@
+//! The only way by which this crate touches storage.
+//!
+//! Two implementations: [`RealDisk`] is files, [`sim::SimDisk`] is memory with a page cache that
+//! loses, tears and fails as real ones do. The log above is the same code on both.
+
+use std::{io, path::Path, sync::Arc};
+
+mod real;
+pub mod sim;
+
+pub use real::RealDisk;
+
+/// One name found in a folder.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FoundFile {
+    /// File name without its folder.
+    pub name: String,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// Held while a folder is in use; dropping it, or the death of the process, releases the folder.
+pub trait FolderLock: Send + Sync {}
+
+/// A file system. Names become durable by [`Disk::sync_dir`] only.
+pub trait Disk: Send + Sync + 'static {
+    /// Makes the folder and its parents.
+    fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
+    /// The plain files of a folder, sorted by name.
+    fn list(&self, dir: &Path) -> io::Result<Vec<FoundFile>>;
+    /// Opens an existing file for reading and writing.
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
+    /// Makes an empty file, replacing one of that name.
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
+    /// Renames, replacing the target.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Unlinks.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes the names in the folder durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Takes the folder for this process alone; `WouldBlock` when another one has it.
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>>;
+}
+
+/// An open file. Written bytes become durable by [`DiskFile::sync_data`] only.
+pub trait DiskFile: Send + Sync {
+    /// Length in bytes.
+    fn bytes(&self) -> io::Result<u64>;
+    /// Reads until `buf` is full or the file ends; how many bytes were read.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `buf`.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes the file at least that long, zeros where nothing was written, and takes the space for it. An error
+    /// leaves nothing behind but the file: only here does a full disk mean no more than that it is full.
+    fn reserve(&self, bytes: u64) -> io::Result<()>;
+    /// Makes the written bytes durable. After an error nothing is known of them, and calling it
+    /// again would lie.
+    fn sync_data(&self) -> io::Result<()>;
+}
+
+/// Reads a whole file into a buffer that is used again and again.
+pub fn read_into(file: &dyn DiskFile, buf: &mut Vec<u8>) -> io::Result<()> {
+    let bytes = usize::try_from(file.bytes()?).map_err(io::Error::other)?;
+    buf.resize(bytes, 0);
+    let read = file.read_at(buf, 0)?;
+    buf.truncate(read);
+    Ok(())
+}
+
+/// Reads a whole file.
+pub fn read_all(file: &dyn DiskFile) -> io::Result<Vec<u8>> {
+    let mut buf = Vec::new();
+    read_into(file, &mut buf)?;
+    Ok(buf)
+}

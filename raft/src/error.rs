@@ -1,0 +1,91 @@
+//! What can go wrong with the log, kept apart by what the caller must do about it.
+
+use std::{fmt, io, path::PathBuf};
+
+/// The writer met an error of its disk and stopped for good: no retry, no second fsync, no
+/// acknowledgement. Only a new start, or a rebuild, ends this state.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{operation} {file}: {error}")]
+pub struct Latched {
+    /// What was being done, for example `sync`.
+    pub operation: &'static str,
+    /// File name, for example `segment.001.wal`.
+    pub file: String,
+    /// The operating system's words.
+    pub error: String,
+}
+
+impl From<Latched> for io::Error {
+    fn from(latched: Latched) -> Self {
+        io::Error::other(latched)
+    }
+}
+
+/// One place of the log that is not as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// File name of the segment.
+    pub segment: String,
+    /// Byte offset in the segment, when known.
+    pub offset: Option<u64>,
+    /// Index of the entry.
+    pub index: u64,
+    /// What is wrong, for example `frame damaged, row intact`.
+    pub what: String,
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WAL {} corrupt", self.segment)?;
+        if let Some(offset) = self.offset {
+            write!(f, " at byte {offset}")?;
+        }
+        write!(f, ": entry {}: {}", self.index, self.what)
+    }
+}
+
+/// Why a log was not opened. Nothing was changed on the disk.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has the folder.
+    #[error("{} is in use by another process", .0.display())]
+    Locked(PathBuf),
+    /// The disk answered with an error.
+    #[error("{operation} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Entries that were durable are damaged or missing. Never cut: they must be fetched from a
+    /// peer, which this version does not do yet, or the node must be replaced.
+    #[error(
+        "the log has lost durable entries ({}): it must be repaired from a replica, and this version cannot do that yet; \
+         keep the folder, and start this node as a new member with an empty folder instead",
+        describe(.0)
+    )]
+    Repair(Vec<Damage>),
+    /// The last group of the log is incomplete, and nobody here can tell whether it had been
+    /// acknowledged.
+    #[error(
+        "the end of the log is torn or damaged ({}), and only the other replicas can tell which: this version cannot ask \
+         them yet; keep the folder, and start this node as a new member with an empty folder instead",
+        describe(.0)
+    )]
+    Ask(Vec<Damage>),
+    /// The log cannot be used at all.
+    #[error("{0}")]
+    Refuse(String),
+}
+
+fn describe(damage: &[Damage]) -> String {
+    const SHOWN: usize = 3;
+    let mut text = damage.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    if damage.len() > SHOWN {
+        text.push_str(&format!("; and {} more", damage.len() - SHOWN));
+    }
+    text
+}

@@ -1,0 +1,38 @@
+//! The write-ahead log of StemeDB, which is its Raft log.
+//!
+//! ```text
+//!  append ─► index (readable at once) ─► queue ─► writer thread ─► frames, rows, one sync ─► callbacks
+//!                    │                                  └─ first error: latch, for good
+//!  read  ◄───────────┴── cache, or pread + checksum
+//!  open: hard state, segments ─► scan ─► decide (one total table) ─► Keep | CutTail | Ask | Repair
+//! ```
+//!
+//! Invariants, each asserted where it could break: `purged <= flushed <= written`; entries have no
+//! holes; a group never straddles segments; a mark promises only what was synced; nothing at or
+//! below the highest promise is ever cut. `docs/wal-format.md` has the bytes and the table.
+
+pub mod codec;
+pub mod disk;
+pub mod entry;
+pub mod error;
+pub mod frame;
+pub mod group;
+pub mod hard_state;
+pub mod index;
+pub mod open;
+pub mod options;
+pub mod reader;
+pub mod recovery;
+pub mod scan;
+pub mod segment;
+pub mod shared;
+pub mod store;
+pub mod types;
+pub mod writer;
+
+pub use error::{Latched, OpenError};
+pub use open::RecoveryReport;
+pub use options::WalOptions;
+pub use shared::{NoObserver, WalObserver};
+pub use store::{WalHandle, WalStore};
+pub use types::*;

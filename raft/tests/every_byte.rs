@@ -1,0 +1,97 @@
+//! A log is flipped at every bit that matters and cut at every length: each time it opens with
+//! exactly what was written, or says what is wrong. Never with other data, never with less.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout, missing_docs)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{append, close, contents, entry, open_sim, options};
+use openraft::storage::RaftLogStorage;
+use stemedb_raft::{OpenError, WalStore, disk::sim::SimDisk, index::segment_name};
+
+/// Every how many-th bit and length is tried when the run is not a full one.
+const SAMPLE: usize = 13;
+
+fn step() -> usize {
+    if std::env::var_os("STEMEDB_TEST_FULL").is_some() { 1 } else { SAMPLE }
+}
+
+/// Lengths that end in the zeros behind the last frame are many and alike: fewer of them by default.
+fn length_step() -> usize {
+    if step() == 1 { 1 } else { step() * 7 }
+}
+
+fn path(segment: u64) -> PathBuf {
+    Path::new("/wal").join(segment_name(segment))
+}
+
+/// Two sealed segments, one of them with a truncation, and a last one; cleanly closed.
+async fn written() -> (SimDisk, Vec<String>) {
+    let sim = SimDisk::new();
+    let mut store = open_sim(&sim).unwrap();
+    append(&mut store, (0..6).map(|i| entry(1, i, &format!("first {i}"))).collect()).await.unwrap();
+    append(&mut store, (6..9).map(|i| entry(1, i, &"large ".repeat(50 + i as usize))).collect()).await.unwrap();
+    store.truncate_after(Some(stemedb_raft::frame::log_id(1, 6))).await.unwrap();
+    append(&mut store, (7..12).map(|i| entry(2, i, &format!("second {i}"))).collect()).await.unwrap();
+    store.save_vote(&stemedb_raft::Vote::new_committed(2, 1)).await.unwrap();
+    let expected = contents(&store).unwrap();
+    tokio::task::spawn_blocking(move || close(store)).await.unwrap();
+    (sim, expected)
+}
+
+#[derive(Debug, Default)]
+struct Tally {
+    same: usize,
+    refused: usize,
+}
+
+fn check(sim: &SimDisk, expected: &[String], what: &str, tally: &mut Tally) {
+    match WalStore::open(sim.shared(), options(Path::new("/wal"))) {
+        Ok((store, _report)) => {
+            assert_eq!(contents(&store).unwrap(), expected, "{what}: other entries");
+            assert_eq!(store.reader().vote(), Some(stemedb_raft::Vote::new_committed(2, 1)), "{what}");
+            close(store);
+            tally.same += 1;
+        }
+        Err(OpenError::Repair(_) | OpenError::Ask(_) | OpenError::Refuse(_)) => tally.refused += 1,
+        Err(other) => panic!("{what}: {other}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_flipped_bit_is_harmless_or_refused() {
+    let (sim, expected) = written().await;
+    let mut tally = Tally::default();
+    for segment in 1..=2 {
+        let mut bytes = Vec::new();
+        sim.corrupt(&path(segment), |b| bytes = b.clone()).unwrap();
+        // Zeros far from anything written are all alike: every bit near something, and few of the rest.
+        let near = |at: usize| bytes[at.saturating_sub(80)..(at + 80).min(bytes.len())].iter().any(|b| *b != 0);
+        let bits = (0..bytes.len() * 8).filter(|bit| near(bit / 8) || bit % 4099 == 0).step_by(step());
+        for bit in bits {
+            let copy = sim.fork();
+            copy.corrupt(&path(segment), |b| b[bit / 8] ^= 1 << (bit % 8)).unwrap();
+            check(&copy, &expected, &format!("segment {segment}, bit {bit}"), &mut tally);
+        }
+    }
+    println!("{tally:?}, every {}. bit", step());
+    assert!(tally.same > 100 && tally.refused > 100, "{tally:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_truncation_is_harmless_or_refused() {
+    let (sim, expected) = written().await;
+    let mut tally = Tally::default();
+    for segment in 1..=2 {
+        let mut len = 0;
+        sim.corrupt(&path(segment), |b| len = b.len()).unwrap();
+        for keep in (0..len).step_by(length_step()) {
+            let copy = sim.fork();
+            copy.corrupt(&path(segment), |b| b.truncate(keep)).unwrap();
+            check(&copy, &expected, &format!("segment {segment} cut to {keep}"), &mut tally);
+        }
+    }
+    println!("{tally:?}, every {}. length", length_step());
+    assert!(tally.same > 10 && tally.refused > 10, "{tally:?}");
+}

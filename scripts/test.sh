@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Runs every test of the workspace.
+#
+#   scripts/test.sh [--full] [--no-install] [-- ARGUMENTS FOR cargo test]
+#
+#   --full         the long tests too, and all counts unreduced (sets STEMEDB_TEST_FULL=1; builds optimised)
+#   --no-install   never call apt-get
+#
+# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, the package index for sample data) is
+# installed with apt-get when it is missing and this is root or may sudo without a password.
+#
+# A test that cannot run on this machine prints "SKIPPED: <why>" and passes; such tests are listed by name at the end.
+# With STEMEDB_TEST_NO_SKIPS=1 (.ci/run sets it) they fail the run. What a test prints, such as the counts of a
+# reduced run, is listed as well.
+#
+# Exit codes: 0 all passed; 1 a test failed or was skipped where it must not be; 2 wrong usage.
+set -uo pipefail
+
+full=${STEMEDB_TEST_FULL:-}
+install=yes
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --full) full=1 ;;
+        --no-install) install=no ;;
+        --) shift; break ;;
+        -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "test.sh: unknown argument $1 (see --help)" >&2; exit 2 ;;
+    esac
+    shift
+done
+[ "$full" = 0 ] && full=
+cd "$(dirname "$0")/.." || exit 2
+
+say() { printf '== %s\n' "$*"; }
+
+# Tool and the Debian package that has it.
+tools='cc:gcc strace:strace curl:curl jq:jq'
+
+missing_packages() {
+    for pair in $tools; do
+        command -v "${pair%%:*}" >/dev/null || printf '%s ' "${pair##*:}"
+    done
+}
+
+has_package_index() {
+    command -v apt-cache >/dev/null && [ -n "$(apt-cache dumpavail 2>/dev/null | head -n 1)" ]
+}
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo -n "$@"
+    else
+        echo "test.sh: not root, and there is no sudo: cannot run $*" >&2
+        return 1
+    fi
+}
+
+install_missing() {
+    missing=$(missing_packages)
+    if [ -z "$missing" ] && has_package_index; then
+        return
+    fi
+    if [ "$install" = no ] || ! command -v apt-get >/dev/null; then
+        say "not installed: ${missing:-(package index)}; tests that need them will say so"
+        return
+    fi
+    say "apt-get update${missing:+ and install $missing}"
+    export DEBIAN_FRONTEND=noninteractive
+    as_root apt-get -o Acquire::Retries=1 -o Acquire::http::Timeout=20 update -qq || say "apt-get update failed; trying to go on with what is there"
+    if [ -n "$missing" ]; then
+        # shellcheck disable=SC2086 # a list of words
+        as_root apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
+            say "could not install $missing; tests that need them will say so"
+    fi
+}
+
+command -v cargo >/dev/null || { echo "test.sh: cargo is not on the PATH; see https://rustup.rs" >&2; exit 2; }
+install_missing
+
+profile=()
+ignored=()
+if [ -n "$full" ]; then
+    export STEMEDB_TEST_FULL=1
+    profile=(--profile full-test)
+    ignored=(--include-ignored)
+    say "full run: unreduced counts, optimised build"
+else
+    unset STEMEDB_TEST_FULL
+    say "fast run: reduced counts; --full runs everything"
+fi
+
+# Tests plant panics; their backtraces would bury the summary.
+export RUST_BACKTRACE=0
+
+log=$(mktemp "${TMPDIR:-/tmp}/stemedb-test.XXXXXX") || exit 2
+small_disk=
+cleanup() {
+    rm -f "$log"
+    [ -z "$small_disk" ] || { umount "$small_disk" && rmdir "$small_disk"; }
+}
+trap cleanup EXIT
+
+# A file system that can be filled, for the test of a full disk.
+if [ -n "$full" ] && [ -z "${STEMEDB_TEST_SMALL_DISK:-}" ] && [ "$(id -u)" = 0 ]; then
+    mounted=$(mktemp -d "${TMPDIR:-/tmp}/stemedb-small.XXXXXX") || exit 2
+    if mount -t tmpfs -o size=40m tmpfs "$mounted" 2>/dev/null; then
+        small_disk=$mounted
+        export STEMEDB_TEST_SMALL_DISK=$mounted
+    else
+        rmdir "$mounted"
+    fi
+fi
+started=$SECONDS
+
+# --show-output makes the harness repeat what passing tests print, which the summary needs; the console does without.
+cargo test --workspace --locked --no-fail-fast "${profile[@]}" "$@" -- --show-output "${ignored[@]}" 2>&1 |
+    tee "$log" |
+    awk '/^successes:$/ { quiet = 1 } /^(failures:|test result:)/ { quiet = 0 } !quiet'
+status=${PIPESTATUS[0]}
+
+# One line "name: text" for each line that a passing test printed, at most 20 of one test.
+printed=$(awk '
+    /^successes:$/ { inside = 1 }
+    /^(failures:|test result:)/ { inside = 0 }
+    inside && /^---- .* stdout ----$/ { name = $2; lines = 0; next }
+    /^(successes:|failures:|test result:)/ { name = "" }
+    name != "" && NF && ++lines <= 20 { print name ": " $0 }
+' "$log")
+skipped=$(printf '%s\n' "$printed" | grep ': SKIPPED: ' | sort -u)
+counts=$(printf '%s\n' "$printed" | grep -v ': SKIPPED: ' | grep -v '^$')
+left_out=$(sed -n 's/^test \(.*\) \.\.\. ignored.*/\1/p' "$log")
+count() { if [ -n "$1" ]; then printf '%s\n' "$1" | wc -l; else echo 0; fi; }
+
+echo
+if [ -n "$counts" ]; then
+    say "printed by tests"
+    printf '%s\n' "$counts"
+fi
+if [ -n "$left_out" ]; then
+    say "left out of a fast run"
+    printf '%s\n' "$left_out"
+fi
+if [ -n "$skipped" ]; then
+    say "skipped: they could not run on this machine"
+    printf '%s\n' "$skipped"
+fi
+awk -v skipped="$(count "$skipped")" -v left="$(count "$left_out")" -v took=$((SECONDS - started)) '
+    /^test result:/ {
+        for (i = 2; i <= NF; i++) {
+            if ($i ~ /^passed/) passed += $(i - 1)
+            if ($i ~ /^failed/) failed += $(i - 1)
+        }
+    }
+    END { printf "== tests: %d passed, %d failed, %d skipped, %d left out, in %d s\n",
+          passed - skipped, failed, skipped, left, took }
+' "$log"
+
+if [ "$status" -ne 0 ]; then
+    say "FAILED"
+    exit 1
+fi
+if [ -n "$skipped" ] && [ -n "${STEMEDB_TEST_NO_SKIPS:-}" ]; then
+    say "FAILED: nothing may be skipped here"
+    exit 1
+fi
+say "passed"

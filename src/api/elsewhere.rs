@@ -1,0 +1,102 @@
+//! Reads that this node cannot answer and another one can.
+//!
+//! After its disk has failed, or when it meets a damaged block, a node asks other nodes for the same
+//! page and passes their answer on, so that the failure is an event for its operator and not for the
+//! client. One hop only: a request that was passed on already is answered here, with whatever it takes.
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    body::Body,
+    extract::FromRequestParts,
+    http::{HeaderName, HeaderValue, Request, Uri, header, request::Parts},
+    response::Response,
+};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::{body::Bytes, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{Api, headers};
+
+/// In a request that was passed on: the name of the node that did it.
+const PASSED_ON: HeaderName = HeaderName::from_static("x-stemedb-passed-on-by");
+
+/// How long a connection to another node may take before the next one is asked.
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+
+/// Largest answer passed on, in bytes: four times the longest page, since JSON escapes take room.
+const ANSWER_BYTES_MAX: usize = 20 * 1024 * 1024;
+
+/// Reads passed on at the same time, which bounds the memory for their answers.
+pub const PASSED_ON_MAX: usize = 8;
+
+/// What was asked, in the form in which another node can be asked.
+pub struct Asked {
+    uri: Uri,
+    passed_on: bool,
+}
+
+impl<S: Sync> FromRequestParts<S> for Asked {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Asked { uri: parts.uri.clone(), passed_on: parts.headers.contains_key(PASSED_ON) })
+    }
+}
+
+/// The answer of the first other node that has one; `None` when there is none until `deadline`.
+pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response> {
+    if asked.passed_on {
+        return None;
+    }
+    let ask_each = async {
+        let _place = api.passed_on.acquire().await.ok()?;
+        for addr in api.node.other_http_addrs() {
+            match ask_one(&addr, asked, api.node.name()).await {
+                Ok(answer) if !answer.status().is_server_error() => return Some(answer),
+                Ok(answer) => tracing::debug!(addr, status = %answer.status(), "another node has no answer either"),
+                Err(error) => tracing::debug!(addr, error, "another node could not be asked"),
+            }
+        }
+        None
+    };
+    timeout_at(deadline, ask_each).await.ok().flatten()
+}
+
+async fn ask_one(addr: &str, asked: &Asked, own_name: &str) -> Result<Response, String> {
+    let stream = timeout(CONNECT_MAX, TcpStream::connect(addr)).await.map_err(|e| e.to_string())?;
+    let stream = stream.map_err(|e| e.to_string())?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+    let target = asked.uri.path_and_query().map_or("/", |target| target.as_str());
+    let request = Request::get(target)
+        .header(header::HOST, addr)
+        .header(header::CONNECTION, "close")
+        .header(PASSED_ON, HeaderValue::from_str(own_name).unwrap_or(HeaderValue::from_static("a-node")))
+        .body(Empty::<Bytes>::new())
+        .map_err(|e| e.to_string())?;
+    let answered = async {
+        let (head, body) = sender.send_request(request).await.map_err(|e| e.to_string())?.into_parts();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|e| e.to_string())?;
+        let mut response = Response::new(Body::from(body.to_bytes()));
+        *response.status_mut() = head.status;
+        for name in [header::CONTENT_TYPE, header::RETRY_AFTER, headers::INDEX, headers::SERVED_BY] {
+            if let Some(value) = head.headers.get(&name) {
+                response.headers_mut().insert(name, value.clone());
+            }
+        }
+        Ok(response)
+    };
+    tokio::pin!(answered);
+    // Driven here, so that nothing outlives this request.
+    tokio::select! {
+        answer = &mut answered => answer,
+        ended = connection => match ended {
+            Ok(()) => answered.await,
+            Err(error) => Err(error.to_string()),
+        },
+    }
+}

@@ -1,0 +1,103 @@
+//! What load balancers and people ask to see whether a node is well.
+//!
+//! Nothing here waits for the cluster or for a disk: these answers must come while everything else
+//! hangs. HEAD is answered like GET, without the body.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{RawQuery, State},
+};
+use serde_json::{Value, json};
+
+use crate::node::Health;
+
+use super::{
+    Api, mapping,
+    params::Params,
+    problem::{Kind, Problem},
+    schema,
+};
+
+fn ok() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+fn unwell(kind: Kind, detail: impl Into<String>) -> Problem {
+    Problem::new(kind, detail).retry_after(mapping::RETRY_AFTER_S)
+}
+
+/// The state of this node. 200 for as long as the process serves, whatever the state.
+#[utoipa::path(method(get, head), path = "/v1/health", tag = "health",
+    responses((status = 200, description = "The process serves", body = schema::HealthAnswer)))]
+pub async fn health(State(api): State<Arc<Api>>) -> Json<Health> {
+    Json(api.node.health())
+}
+
+/// 200 for as long as the process serves.
+#[utoipa::path(method(get, head), path = "/v1/health/live", tag = "health",
+    responses((status = 200, description = "The process serves")))]
+pub async fn live() -> Json<Value> {
+    ok()
+}
+
+/// 200 while requests may be sent here: caught up since the start, and not draining, failed or
+/// fenced. Stays 200 while there is no leader, because the node parks requests then.
+#[utoipa::path(method(get, head), path = "/v1/health/ready", tag = "health",
+    responses((status = 200, description = "Send requests here"),
+        (status = 503, response = schema::ProblemResponse)))]
+pub async fn ready(State(api): State<Arc<Api>>) -> Result<Json<Value>, Problem> {
+    api.node.is_ready().map(|()| ok()).map_err(|reason| unwell(Kind::NotReady, format!("Not ready: {reason}.")))
+}
+
+/// 200 only on a leader that has lately heard from a majority.
+#[utoipa::path(method(get, head), path = "/v1/health/leader", tag = "health",
+    responses((status = 200, description = "The leader, with a quorum"),
+        (status = 503, response = schema::ProblemResponse)))]
+pub async fn leader(State(api): State<Arc<Api>>) -> Result<Json<Value>, Problem> {
+    if api.node.is_leader_with_quorum() {
+        Ok(ok())
+    } else {
+        let detail = "This node is not the leader, or has not heard from a majority lately.";
+        Err(unwell(Kind::NotLeader, detail))
+    }
+}
+
+/// 200 while this node is ready and at most `max_lag` log entries behind the leader.
+#[utoipa::path(method(get, head), path = "/v1/health/replica", tag = "health",
+    params(("max_lag" = Option<u64>, Query, description = "Most entries behind; absent: any known lag")),
+    responses((status = 200, description = "Ready and close enough"),
+        (status = 503, response = schema::ProblemResponse)))]
+pub async fn replica(State(api): State<Arc<Api>>, RawQuery(raw): RawQuery) -> Result<Json<Value>, Problem> {
+    let mut params = Params::parse(raw.as_deref())?;
+    let max_lag: Option<u64> = params.parsed("max_lag", "a count of log entries")?;
+    params.finish()?;
+    api.node.is_ready().map_err(|reason| unwell(Kind::NotReady, format!("Not ready: {reason}.")))?;
+    replica_state(api.node.replica_lag_entries(), max_lag)
+}
+
+fn replica_state(lag_entries: Option<u64>, max_lag: Option<u64>) -> Result<Json<Value>, Problem> {
+    match (lag_entries, max_lag) {
+        (None, _) => Err(unwell(Kind::ReplicaLag, "This node does not know how far the leader's log reaches.")),
+        (Some(lag), Some(max)) if lag > max => {
+            let detail = format!("This node is {lag} log entries behind; at most {max} are wanted.");
+            Err(unwell(Kind::ReplicaLag, detail).with_limit(max, lag))
+        }
+        (Some(lag), _) => Ok(Json(json!({"status": "ok", "lag_entries": lag}))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replica_counts_up_to_its_lag() {
+        assert_eq!(replica_state(Some(3), Some(3)).unwrap().0["lag_entries"], 3);
+        assert!(replica_state(Some(3), None).is_ok());
+        assert_eq!(replica_state(Some(4), Some(3)).unwrap_err().status(), 503);
+        assert_eq!(replica_state(None, Some(3)).unwrap_err().kind(), Kind::ReplicaLag);
+    }
+}

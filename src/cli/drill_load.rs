@@ -1,0 +1,301 @@
+//! The clients of a drill: closed-loop writes and reads that stay on their node while it lives.
+//!
+//! Every write has its own idempotency key and a value that no other write has. A write whose
+//! connection breaks is repeated with the same key on the next node that is up, until some node
+//! answers, and only then does the client begin another one. Everything is recorded for the judge.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::Deserialize;
+use tokio::time::{Instant, sleep};
+
+use super::http_client::{Answer, CALL_TIMEOUT, Call, Client, Endpoint, HttpError, encode_query};
+use super::listing::each_fact;
+use crate::judge::{Fact, Lane, NodeFacts, ReadOutcome, Recorder, Seen, WriteOutcome};
+
+/// How long one write is repeated before the client gives it up as unknown.
+const WRITE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Pause after an attempt that was answered with "not now".
+const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+
+/// Writes that share a key. Few enough that reading a key stays cheap, enough that it has a past.
+const WRITES_PER_KEY: u64 = 32;
+
+/// Reads look at keys of the last so many writes, where there is something to be stale about.
+const READ_BACK: u64 = 256;
+
+/// One operation in so many is a read.
+const READ_ONE_IN: u32 = 8;
+
+/// What all clients share.
+pub struct Load {
+    /// Collects everything.
+    pub recorder: Arc<Recorder>,
+    /// One per node.
+    pub endpoints: Vec<Endpoint>,
+    /// Which nodes clients may use; the drill knows which it killed.
+    pub up: Vec<AtomicBool>,
+    /// Seed of every client's choices.
+    pub seed: u64,
+    /// Makes this run's concepts and idempotency keys its own.
+    pub run: String,
+    /// Bytes of each value.
+    pub value_bytes: usize,
+    /// Writes that were acknowledged on another node than the one they were begun on.
+    pub moved: AtomicU64,
+    stop: AtomicBool,
+}
+
+#[derive(Deserialize)]
+struct WriteBody {
+    id: uuid::Uuid,
+    index: u64,
+    replayed: bool,
+}
+
+#[derive(Deserialize)]
+struct PageBody {
+    assertions: Vec<FactBody>,
+}
+
+#[derive(Deserialize)]
+struct FactBody {
+    id: uuid::Uuid,
+    concept_path: String,
+    value: String,
+    index: u64,
+}
+
+impl Load {
+    /// A load on `endpoints`; nobody works yet.
+    pub fn new(endpoints: Vec<Endpoint>, value_bytes: usize, seed: u64) -> Arc<Self> {
+        let up = endpoints.iter().map(|_| AtomicBool::new(true)).collect();
+        Arc::new(Self {
+            recorder: Recorder::new(),
+            endpoints,
+            up,
+            seed,
+            run: format!("{seed:016x}"),
+            value_bytes,
+            moved: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Tells clients whether they may use a node.
+    pub fn set_up(&self, node: usize, up: bool) {
+        if let Some(flag) = self.up.get(node) {
+            flag.store(up, Ordering::Release);
+        }
+    }
+
+    /// Clients finish the write they are in and end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    fn is_up(&self, node: usize) -> bool {
+        self.up.get(node).is_some_and(|flag| flag.load(Ordering::Acquire))
+    }
+
+    /// The next node after `node` that is up; `node` itself when no other is.
+    fn next_up(&self, node: usize) -> usize {
+        let count = self.endpoints.len();
+        (1..count).map(|step| (node + step) % count).find(|candidate| self.is_up(*candidate)).unwrap_or(node)
+    }
+
+    fn concept(&self, key: u64) -> String {
+        format!("drill/{}/key-{key}", self.run)
+    }
+
+    fn write_call(&self, value: u64) -> Result<Call, String> {
+        // Letters of a fixed filler, so that the bytes of a repetition are those of the first attempt.
+        let mut text = format!("v{value}-");
+        while text.len() < self.value_bytes {
+            text.push(char::from(b'a' + u8::try_from(text.len() % 26).unwrap_or(0)));
+        }
+        let concept = self.concept(value / WRITES_PER_KEY);
+        let body = format!(r#"{{"concept_path":"{concept}","predicate":"drill","value":"{text}"}}"#);
+        Call::post("/v1/assert", body).idempotency_key(&format!("drill-{}-{value}", self.run))
+    }
+}
+
+/// A client's connections, one per node, opened when needed.
+struct Connections {
+    clients: Vec<Client>,
+}
+
+impl Connections {
+    fn new(endpoints: &[Endpoint]) -> Self {
+        let clients = endpoints.iter().cloned().map(Client::new).collect();
+        Self { clients }
+    }
+
+    async fn call(&mut self, node: usize, call: &Call) -> Result<Answer, HttpError> {
+        match self.clients.get_mut(node) {
+            Some(client) => client.call(call, CALL_TIMEOUT).await,
+            None => Err(HttpError::NotSent(format!("there is no node {node}"))),
+        }
+    }
+}
+
+/// Runs one client until `Load::stop`.
+pub async fn client(load: Arc<Load>, number: u32) -> Result<(), String> {
+    let lane = load.recorder.lane(number);
+    let mut connections = Connections::new(&load.endpoints);
+    let mut rng = StdRng::seed_from_u64(load.seed.wrapping_add(u64::from(number)));
+    let home = usize::try_from(number).unwrap_or(0) % load.endpoints.len().max(1);
+    while !load.stop.load(Ordering::Acquire) {
+        // Home again as soon as the drill says that the node is back.
+        let node = if load.is_up(home) { home } else { load.next_up(home) };
+        if rng.random_ratio(1, READ_ONE_IN) {
+            let back = rng.random_range(0..READ_BACK);
+            read(&load, &lane, &mut connections, node, back).await;
+        } else {
+            let value = load.recorder.next_value();
+            write(&load, &lane, &mut connections, node, value).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Sends `value` until some node acknowledges it or patience ends.
+async fn write(
+    load: &Load,
+    lane: &Lane,
+    connections: &mut Connections,
+    first_node: usize,
+    value: u64,
+) -> Result<(), String> {
+    let call = load.write_call(value)?;
+    let deadline = Instant::now() + WRITE_PATIENCE;
+    let mut node = first_node;
+    loop {
+        match attempt(lane, connections, node, &call, value).await {
+            WriteOutcome::Acknowledged { .. } => {
+                if node != first_node {
+                    load.moved.fetch_add(1, Ordering::Relaxed);
+                }
+                return Ok(());
+            }
+            _ if Instant::now() >= deadline => return Ok(()),
+            // An answer: the node lives. Everything else means a broken connection, so go elsewhere.
+            WriteOutcome::Refused { status } | WriteOutcome::Unknown { status } if status > 0 => {
+                sleep(REFUSED_PAUSE).await;
+            }
+            _ => {
+                let next = load.next_up(node);
+                if next == node {
+                    sleep(REFUSED_PAUSE).await;
+                }
+                node = next;
+            }
+        }
+    }
+}
+
+async fn attempt(lane: &Lane, connections: &mut Connections, node: usize, call: &Call, value: u64) -> WriteOutcome {
+    let pending = lane.begin_write(node_number(node), value / WRITES_PER_KEY, value);
+    let outcome = match connections.call(node, call).await {
+        Err(HttpError::NotSent(_)) => WriteOutcome::Refused { status: 0 },
+        Err(HttpError::Unknown(_)) => WriteOutcome::Unknown { status: 0 },
+        Ok(answer) => write_outcome(&answer),
+    };
+    pending.finish(outcome);
+    outcome
+}
+
+fn write_outcome(answer: &Answer) -> WriteOutcome {
+    let status = answer.status;
+    if answer.is_success() {
+        return match answer.json::<WriteBody>() {
+            Ok(body) => {
+                WriteOutcome::Acknowledged { index: body.index, id: body.id.as_u128(), replayed: body.replayed }
+            }
+            // Success without the promised fields: whatever happened, the client was not told.
+            Err(_) => WriteOutcome::Unknown { status },
+        };
+    }
+    // Only an answer that says so counts as "not applied".
+    match answer.problem().outcome.as_deref() {
+        Some("refused" | "not_applied") => WriteOutcome::Refused { status },
+        _ => WriteOutcome::Unknown { status },
+    }
+}
+
+/// Reads the key of the write `back` writes ago.
+async fn read(load: &Load, lane: &Lane, connections: &mut Connections, node: usize, back: u64) {
+    let newest = load.recorder.values_issued();
+    let key = newest.saturating_sub(back) / WRITES_PER_KEY;
+    let concept = encode_query(&load.concept(key));
+    let call = Call::get(format!("/v1/query?concept_path={concept}&predicate=drill"));
+    let pending = lane.begin_read(node_number(node), key);
+    let outcome = match connections.call(node, &call).await {
+        Ok(answer) if answer.is_success() => match answer.json::<PageBody>() {
+            Ok(page) => newest_of(page)
+                .map_or(ReadOutcome::Failed { status: answer.status }, |newest| ReadOutcome::Answered { newest }),
+            Err(_) => ReadOutcome::Failed { status: answer.status },
+        },
+        Ok(answer) => ReadOutcome::Failed { status: answer.status },
+        Err(_) => ReadOutcome::Failed { status: 0 },
+    };
+    lane.finish_read(pending, outcome);
+}
+
+/// The newest fact of a page, `Some(None)` of an empty one, `None` when a value is not ours.
+fn newest_of(page: PageBody) -> Option<Option<Seen>> {
+    let Some(fact) = page.assertions.into_iter().max_by_key(|fact| fact.index) else {
+        return Some(None);
+    };
+    let value = value_number(&fact.value)?;
+    Some(Some(Seen { value, index: fact.index }))
+}
+
+/// Sends acknowledged writes once more, with their keys, to a node that did not take them first. The judge
+/// compares the outcomes. Returns how many of the answers did not say `replayed`.
+pub async fn repeat_writes(load: &Load, values: &[(u64, u16)]) -> Result<u64, String> {
+    let lane = load.recorder.lane(u32::MAX);
+    let mut connections = Connections::new(&load.endpoints);
+    let mut not_replayed = 0;
+    for (value, node) in values {
+        let node = load.next_up(usize::from(*node));
+        let call = load.write_call(*value)?;
+        let outcome = attempt(&lane, &mut connections, node, &call, *value).await;
+        if !matches!(outcome, WriteOutcome::Acknowledged { replayed: true, .. }) {
+            not_replayed += 1;
+        }
+    }
+    Ok(not_replayed)
+}
+
+/// Everything one node holds of this run, read with linearizable consistency, page by page.
+pub async fn list_node(load: &Load, node: usize) -> Result<NodeFacts, String> {
+    let endpoint = load.endpoints.get(node).ok_or("there is no such node")?;
+    let mut client = Client::new(endpoint.clone());
+    let mut listing = NodeFacts { node: node_number(node), start_us: load.recorder.now_us(), facts: Vec::new() };
+    let mut facts: Vec<FactBody> = Vec::new();
+    each_fact(&mut client, &format!("drill/{}/**", load.run), |fact| facts.push(fact))
+        .await
+        .map_err(|error| error.to_string())?;
+    for fact in facts {
+        let key = fact.concept_path.rsplit("/key-").next().and_then(|key| key.parse().ok());
+        let (Some(key), Some(value)) = (key, value_number(&fact.value)) else {
+            return Err(format!("a fact that this drill did not write: {}", fact.concept_path));
+        };
+        listing.facts.push(Fact { key, value, index: fact.index, id: fact.id.as_u128() });
+    }
+    Ok(listing)
+}
+
+fn value_number(text: &str) -> Option<u64> {
+    text.strip_prefix('v')?.split('-').next()?.parse().ok()
+}
+
+fn node_number(node: usize) -> u16 {
+    u16::try_from(node).unwrap_or(u16::MAX)
+}

@@ -1,0 +1,247 @@
+//! The command line: what each command takes, and what its exit code means.
+//!
+//! `serve` runs a node inside this process; every other command talks to nodes over HTTP only, as any
+//! client would. Results go to standard output, progress and notices to standard error. `--json` makes
+//! the result one line of JSON.
+//!
+//! Exit codes, the same for every command:
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | done, and what was looked at is not as it should be: an unhealthy cluster, a finding of a drill, a difference |
+//! | 2 | wrong arguments |
+//! | 3 | no node could be reached, or none answered in time |
+//! | 4 | the cluster refused, or the input is wrong |
+//! | 5 | this machine: a taken port, a folder that is locked or unusable, a log that refuses to open, a process that ended |
+//! | 6 | the server's configuration is wrong |
+//! | 7 | `serve`: the node ran and could not go on; the reason is in its log |
+//! | 141 | the reader of the output went away |
+
+pub mod bench;
+pub mod dev;
+pub mod drill;
+pub mod drill_load;
+mod drill_report;
+pub mod http_client;
+pub mod import;
+pub mod import_check;
+pub mod import_source;
+mod listing;
+pub mod local_cluster;
+mod local_config;
+pub mod output;
+pub mod serve;
+pub mod status;
+mod stdin_watch;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, Override};
+use crate::logging;
+use http_client::Endpoint;
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 done, and something is not as it should be (unhealthy cluster, finding, difference);
+2 wrong arguments; 3 no node answered; 4 refused or wrong input; 5 this machine (port, folder, process);
+6 wrong configuration; 7 serve: the node ran and could not go on; 141 the reader of the output went away.";
+
+/// Endpoints used when neither `--endpoints` nor `STEMEDB_ENDPOINTS` is given: those of `stemedb dev`.
+pub const ENDPOINTS_DEFAULT: &str = "127.0.0.1:18180,127.0.0.1:18181,127.0.0.1:18182";
+
+/// Where the client commands find their endpoints when no flag says so.
+const ENDPOINTS_VARIABLE: &str = "STEMEDB_ENDPOINTS";
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// Exit code 1: it worked, and what it looked at is wrong.
+    #[error("{0}")]
+    Found(String),
+    /// Exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Exit code 3.
+    #[error("{0}")]
+    Unreachable(String),
+    /// Exit code 4.
+    #[error("{0}")]
+    Refused(String),
+    /// Exit code 5.
+    #[error("{0}")]
+    Local(String),
+    /// Exit code 6.
+    #[error("{0}")]
+    Config(String),
+    /// Exit code 141, said to nobody.
+    #[error("the reader of the output went away")]
+    OutputClosed,
+}
+
+impl CliError {
+    /// The exit code, as documented above.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Found(_) => 1,
+            Self::Usage(_) => 2,
+            Self::Unreachable(_) => 3,
+            Self::Refused(_) => 4,
+            Self::Local(_) => 5,
+            Self::Config(_) => 6,
+            Self::OutputClosed => 141,
+        }
+    }
+}
+
+/// StemeDB: a replicated database for assertions.
+#[derive(Parser, Debug)]
+#[command(name = "stemedb", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// `stemedb-api`: the server alone.
+#[derive(Parser, Debug)]
+#[command(name = "stemedb-api", version, about = "A StemeDB server; the same as `stemedb serve`.")]
+struct ApiCli {
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run one node
+    Serve(ServeArgs),
+    /// Run a whole cluster on this machine, in the foreground
+    Dev(dev::DevArgs),
+    /// Show the cluster's nodes
+    Status(status::StatusArgs),
+    /// Load a file of assertions, exactly once, resumable
+    Import(import::ImportArgs),
+    /// Compare what the cluster holds with a file that was imported
+    ImportCheck(import_check::ImportCheckArgs),
+    /// Measure writes and reads
+    Bench(bench::BenchArgs),
+    /// Break a throw-away cluster under load and check that nothing was lost
+    Drill(drill::DrillArgs),
+}
+
+/// Arguments of `serve`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ServeArgs {
+    /// Configuration file; default: /etc/stemedb/api.toml, or config.toml beside it
+    #[arg(long, value_name = "FILE", env = "STEMEDB_CONFIG")]
+    pub config: Option<std::path::PathBuf>,
+    /// Set one key over file and environment, such as http.listen=127.0.0.1:9000; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Stop cleanly when standard input ends; for parents that must not leave servers behind
+    #[arg(long, hide = true)]
+    pub stop_on_stdin_eof: bool,
+}
+
+/// Where the nodes are, for every command that is a client.
+#[derive(clap::Args, Debug, Clone)]
+pub struct EndpointArgs {
+    /// host:port of nodes, separated by commas
+    #[arg(long, env = ENDPOINTS_VARIABLE, default_value = ENDPOINTS_DEFAULT)]
+    pub endpoints: String,
+}
+
+impl EndpointArgs {
+    /// The endpoints, at least one.
+    pub fn parse(&self) -> Result<Vec<Endpoint>, CliError> {
+        http_client::parse_endpoints(&self.endpoints).map_err(CliError::Usage)
+    }
+}
+
+/// Runs `stemedb` with these arguments (the program's name first).
+pub fn main_stemedb(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match Cli::try_parse_from(args) {
+        Ok(cli) => run(cli.command),
+        Err(error) => usage_error(&error),
+    }
+}
+
+/// Runs `stemedb-api` with these arguments (the program's name first).
+pub fn main_stemedb_api(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match ApiCli::try_parse_from(args) {
+        Ok(cli) => run(Command::Serve(cli.serve)),
+        Err(error) => usage_error(&error),
+    }
+}
+
+/// `--help` and `--version` come through here too, with exit code 0.
+fn usage_error(error: &clap::Error) -> ExitCode {
+    let code = u8::try_from(error.exit_code()).unwrap_or(2);
+    match error.print() {
+        Ok(()) => ExitCode::from(code),
+        Err(_output_closed) => ExitCode::from(CliError::OutputClosed.exit_code()),
+    }
+}
+
+fn run(command: Command) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            return report(&CliError::Local(format!("cannot start the runtime: {error}")));
+        }
+    };
+    let outcome = runtime.block_on(async {
+        match command {
+            Command::Serve(args) => return serve_node(&args).await,
+            Command::Dev(args) => dev::run(&args).await,
+            Command::Status(args) => status::run(&args).await,
+            Command::Import(args) => import::run(&args).await,
+            Command::ImportCheck(args) => import_check::run(&args).await,
+            Command::Bench(args) => bench::run(&args).await,
+            Command::Drill(args) => drill::run(&args).await,
+        }
+        .map(|()| ExitCode::SUCCESS)
+    });
+    // Blocking tasks, such as a read of standard input, must not hold up the end of a command.
+    runtime.shutdown_background();
+    outcome.unwrap_or_else(|error| report(&error))
+}
+
+fn report(error: &CliError) -> ExitCode {
+    if !matches!(error, CliError::OutputClosed) {
+        output::notice(&format!("stemedb: {error}"));
+    }
+    ExitCode::from(error.exit_code())
+}
+
+async fn serve_node(args: &ServeArgs) -> Result<ExitCode, CliError> {
+    let config = serve_config(args)?;
+    if args.stop_on_stdin_eof {
+        stdin_watch::stop_when_stdin_ends()?;
+    }
+    // Held until the node has stopped: the last lines are still on their way to the file when it is dropped.
+    let _logging = logging::init(&config).map_err(|error| CliError::Local(format!("the log: {error}")))?;
+    Ok(serve::run(Arc::new(config)).await)
+}
+
+fn serve_config(args: &ServeArgs) -> Result<Config, CliError> {
+    let overrides = args.set.iter().map(|text| parse_override(text)).collect::<Result<Vec<_>, _>>()?;
+    // Of the tools, and no setting of a server; elsewhere an unknown variable is an error.
+    let env = std::env::vars_os().filter(|(name, _)| name != ENDPOINTS_VARIABLE);
+    Config::load(args.config.as_deref(), env, &overrides).map_err(|error| CliError::Config(error.to_string()))
+}
+
+/// `http.listen=127.0.0.1:9000` as section, key and value.
+fn parse_override(text: &str) -> Result<Override, CliError> {
+    let parts = text.split_once('=').and_then(|(path, value)| Some((path.split_once('.')?, value)));
+    match parts {
+        Some(((section, key), value)) if !section.is_empty() && !key.is_empty() => {
+            Ok((section.to_owned(), key.to_owned(), value.to_owned()))
+        }
+        _ => Err(CliError::Usage(format!(
+            "--set {text}: expected SECTION.KEY=VALUE, such as http.listen=127.0.0.1:9000"
+        ))),
+    }
+}

@@ -1,0 +1,215 @@
+//! `stemedb serve`: one server process, from its configuration to its exit code.
+//!
+//! Binds both listeners before it says that it serves, writes `pid` into the data folder and removes
+//! it on a clean stop. SIGTERM and SIGINT stop it cleanly: leadership is handed over, the HTTP side
+//! finishes what it has begun, then the node stops. A second signal ends the process at once.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api,
+    config::Config,
+    metrics::Metrics,
+    node::{Ground, Node, StartError},
+};
+
+/// A port or the data folder keeps the node from starting.
+const EXIT_CANNOT_START: u8 = 5;
+/// The configuration keeps it from starting.
+const EXIT_CONFIG: u8 = 6;
+/// It started and could not go on.
+const EXIT_FAILED: u8 = 7;
+
+/// Runs a node until it is told to stop. Returns an exit code as documented in `cli`; the reason is in
+/// the log.
+pub async fn run(config: Arc<Config>) -> ExitCode {
+    match serve(config).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            match &failure {
+                Failure::Start(why) | Failure::Config(why) => tracing::error!("cannot start: {why}"),
+                Failure::Run(why) => tracing::error!("cannot go on: {why}"),
+            }
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Failure {
+    Start(String),
+    Config(String),
+    Run(String),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Start(_) => EXIT_CANNOT_START,
+            Failure::Config(_) => EXIT_CONFIG,
+            Failure::Run(_) => EXIT_FAILED,
+        }
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Config(_) => Failure::Config(error.to_string()),
+            _ => Failure::Start(error.to_string()),
+        }
+    }
+}
+
+/// An address that other machines can reach needs TLS or tokens, which do not exist yet.
+fn check_exposure(addr: SocketAddr, what: &str, insecure: bool) -> Result<(), String> {
+    if addr.ip().is_loopback() {
+        return Ok(());
+    }
+    if !insecure {
+        return Err(format!(
+            "{what} {addr} can be reached from other machines, and nothing is encrypted or authenticated: listen on \
+             127.0.0.1, or set http.insecure = true if the network keeps strangers out"
+        ));
+    }
+    tracing::warn!("{what} {addr} can be reached from other machines, and nothing is encrypted or authenticated");
+    Ok(())
+}
+
+async fn listen(addr: &str, what: &str, insecure: bool) -> Result<TcpListener, Failure> {
+    // Looked up before binding: a refused address is never open, not even for a moment.
+    let found: Vec<SocketAddr> =
+        tokio::net::lookup_host(addr).await.map_err(|e| Failure::Start(format!("{what} {addr}: {e}")))?.collect();
+    for addr in &found {
+        check_exposure(*addr, what, insecure).map_err(Failure::Config)?;
+    }
+    TcpListener::bind(found.as_slice()).await.map_err(|e| Failure::Start(format!("{what} {addr}: {e}")))
+}
+
+async fn serve(config: Arc<Config>) -> Result<(), Failure> {
+    // Every path of the configuration is absolute. A server that stays where it was started would hold that
+    // folder, and could not resolve a path any more once somebody removed it.
+    std::env::set_current_dir("/").map_err(|e| Failure::Start(format!("go to /: {e}")))?;
+    let insecure = config.http.insecure;
+    let http = listen(&config.http.listen, "http.listen", insecure).await?;
+    let peer = listen(&config.peer_listen(), "cluster.peer_listen", insecure).await?;
+    let http_addr = http.local_addr().map_or_else(|_| config.http.listen.clone(), |a| a.to_string());
+    let ground = Ground { peer_listener: Some(peer), ..Ground::default() };
+    let node = Node::start_on(Arc::clone(&config), Arc::new(Metrics::new()), ground).await?;
+    // After the start: the folder is this process's own from there on.
+    let pid = PidFile::write(&config).await.map_err(Failure::Start)?;
+    tracing::info!(name = node.name(), http = http_addr, data_dir = %config.node.data_dir.display(), "serving");
+
+    let stop_http = CancellationToken::new();
+    let serving = tokio::spawn(api::serve(http, Arc::clone(&node), stop_http.clone()));
+    let ended = wait_for_end(&node, serving, stop_http).await;
+    node.shutdown().await;
+    pid.remove().await;
+    ended
+}
+
+async fn wait_for_end(
+    node: &Arc<Node>,
+    mut serving: tokio::task::JoinHandle<std::io::Result<()>>,
+    stop_http: CancellationToken,
+) -> Result<(), Failure> {
+    let failed = |e: std::io::Error| Failure::Run(format!("signals: {e}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let ended = tokio::select! {
+        _ = terminate.recv() => Ok("SIGTERM"),
+        _ = interrupt.recv() => Ok("SIGINT"),
+        why = node.wait_fatal() => Err(Failure::Run(why)),
+        ended = &mut serving => {
+            return Err(Failure::Run(match ended {
+                Ok(Ok(())) => "the HTTP server ended by itself".into(),
+                Ok(Err(e)) => format!("the HTTP server: {e}"),
+                Err(e) => format!("the HTTP server died: {e}"),
+            }));
+        }
+    };
+    if let Ok(signal) = &ended {
+        tracing::info!("{signal}: stopping");
+    }
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::warn!("second signal: ending at once");
+        std::process::exit(i32::from(EXIT_FAILED));
+    });
+    // While requests are still served: they are sent on to the next leader.
+    node.hand_over().await;
+    stop_http.cancel();
+    match serving.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the HTTP server did not stop well"),
+        Err(error) => tracing::warn!(%error, "the HTTP server died while stopping"),
+    }
+    ended.map(|_| ())
+}
+
+/// The process id in the data folder.
+struct PidFile {
+    path: PathBuf,
+}
+
+impl PidFile {
+    async fn write(config: &Config) -> Result<PidFile, String> {
+        let path = config.node.data_dir.join("pid");
+        let text = format!("{}\n", std::process::id());
+        tokio::fs::write(&path, text).await.map_err(|e| format!("write {}: {e}", path.display()))?;
+        Ok(PidFile { path })
+    }
+
+    async fn remove(self) {
+        if let Err(error) = tokio::fs::remove_file(&self.path).await {
+            tracing::warn!(%error, path = %self.path.display(), "the pid file could not be removed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn each_failure_has_its_documented_exit_code() {
+        let documented = include_str!("mod.rs");
+        for (failure, line) in [
+            (Failure::Start(String::new()), "//! | 5 | this machine: a taken port, a folder"),
+            (Failure::from(StartError::Config(String::new())), "//! | 6 | the server's configuration is wrong"),
+            (Failure::Run(String::new()), "//! | 7 | `serve`: the node ran and could not go on"),
+        ] {
+            assert!(line.starts_with(&format!("//! | {} |", failure.exit_code())) && documented.contains(line));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_of_this_machine_and_an_open_address_of_the_configuration() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = taken.local_addr().unwrap().to_string();
+        assert_eq!(listen(&addr, "http.listen", false).await.unwrap_err().exit_code(), EXIT_CANNOT_START);
+        assert_eq!(listen("0.0.0.0:0", "http.listen", false).await.unwrap_err().exit_code(), EXIT_CONFIG);
+    }
+
+    #[test]
+    fn only_loopback_is_open_without_saying_insecure() {
+        for addr in ["127.0.0.1:1", "127.1.2.3:1", "[::1]:1"] {
+            assert!(check_exposure(addr.parse().unwrap(), "http.listen", false).is_ok());
+        }
+        for addr in ["0.0.0.0:1", "10.0.0.1:1", "[::]:1"] {
+            let error = check_exposure(addr.parse().unwrap(), "http.listen", false).unwrap_err();
+            assert!(error.contains("insecure = true"), "{error}");
+            assert!(check_exposure(addr.parse().unwrap(), "http.listen", true).is_ok());
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! `stemedb status`: what the cluster says about itself, and what each node says when asked.
+//!
+//! The list of members comes from the first node that answers `/v1/admin/cluster`; every member and
+//! every given endpoint is then asked for its own `/v1/health`. Both views are shown, because a node
+//! that the leader believes in and that answers nobody is exactly what one looks for here.
+
+use std::time::Duration;
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::http_client::{Client, Endpoint};
+use super::{CliError, EndpointArgs, output};
+
+/// Deadline of one question; a healthy node answers in milliseconds.
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Arguments of `stemedb status`.
+#[derive(Args, Debug, Clone)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    endpoints: EndpointArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A node's own word, `/v1/health`. Unknown fields are ignored, so that newer nodes can be asked.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeHealth {
+    /// `ok` or what is wrong.
+    pub status: String,
+    /// The node's name.
+    pub name: String,
+    /// `leader`, `follower`, `candidate`, `learner` or `starting`.
+    pub role: String,
+    /// Raft term.
+    pub term: u64,
+    /// Name of the leader it follows.
+    pub leader: Option<String>,
+    /// Sequence number of the last fact applied.
+    pub applied_index: u64,
+    /// Its disk.
+    pub disk: Disk,
+    /// Version of its program.
+    pub version: String,
+}
+
+/// State of a node's disk.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disk {
+    /// `ok` or `failed`.
+    pub state: String,
+    /// Why it failed.
+    pub reason: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct ClusterBody {
+    leader: Option<String>,
+    term: u64,
+    members: Vec<MemberBody>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct MemberBody {
+    name: String,
+    role: String,
+    voter: bool,
+    lag_entries: Option<u64>,
+    lag_bytes: Option<u64>,
+    #[serde(alias = "http")]
+    http_addr: Option<String>,
+}
+
+/// One line of the answer.
+#[derive(Debug, Serialize)]
+struct Line {
+    name: String,
+    endpoint: Option<String>,
+    member_role: Option<String>,
+    lag_entries: Option<u64>,
+    lag_bytes: Option<u64>,
+    health: Option<NodeHealth>,
+    error: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct StatusReport {
+    healthy: bool,
+    leader: Option<String>,
+    term: u64,
+    problems: Vec<String>,
+    nodes: Vec<Line>,
+}
+
+/// `/v1/health` of one node. A failed node answers it too, with its state.
+pub async fn health(client: &mut Client, timeout: Duration) -> Result<NodeHealth, String> {
+    client.get_json("/v1/health", timeout).await
+}
+
+/// Prints the status. Exit code 1 when something is wrong, 3 when no node answers.
+pub async fn run(args: &StatusArgs) -> Result<(), CliError> {
+    let endpoints = args.endpoints.parse()?;
+    let report = gather(&endpoints).await?;
+    if args.json {
+        output::json(&report)?;
+    } else {
+        output::line(&text(&report))?;
+    }
+    if report.healthy { Ok(()) } else { Err(CliError::Found(report.problems.join("; "))) }
+}
+
+async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
+    let (cluster, cluster_error) = first_cluster(endpoints).await;
+    let mut asked: Vec<(Option<MemberBody>, Option<Endpoint>)> = Vec::new();
+    for member in cluster.members.iter().cloned() {
+        let endpoint = member.http_addr.as_deref().and_then(|at| Endpoint::parse(at).ok());
+        asked.push((Some(member), endpoint));
+    }
+    for endpoint in endpoints {
+        if !asked.iter().any(|(_, known)| known.as_ref() == Some(endpoint)) {
+            asked.push((None, Some(endpoint.clone())));
+        }
+    }
+    let lines = futures_util::future::join_all(asked.into_iter().map(ask)).await;
+    let mut nodes: Vec<Line> = Vec::new();
+    for line in lines {
+        // A member without a known address and the endpoint that turns out to be it are one line.
+        let same = nodes.iter_mut().find(|known| known.name == line.name && known.health.is_none());
+        match same {
+            Some(known) if line.member_role.is_none() && line.health.is_some() => {
+                known.endpoint = line.endpoint;
+                known.health = line.health;
+                known.error = None;
+            }
+            _ => nodes.push(line),
+        }
+    }
+    if nodes.iter().all(|line| line.health.is_none()) {
+        let errors: Vec<String> = nodes.iter().filter_map(|line| line.error.clone()).collect();
+        return Err(CliError::Unreachable(format!("no node answered: {}", errors.join("; "))));
+    }
+    let problems = problems(&cluster, cluster_error, &nodes);
+    Ok(StatusReport { healthy: problems.is_empty(), leader: cluster.leader, term: cluster.term, problems, nodes })
+}
+
+async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<String>) {
+    let mut errors = Vec::new();
+    for endpoint in endpoints {
+        let mut client = Client::new(endpoint.clone());
+        match client.get_json("/v1/admin/cluster", CALL_TIMEOUT).await {
+            Ok(cluster) => return (cluster, None),
+            Err(error) => errors.push(error),
+        }
+    }
+    (ClusterBody::default(), Some(errors.join("; ")))
+}
+
+async fn ask((member, endpoint): (Option<MemberBody>, Option<Endpoint>)) -> Line {
+    let answer = match &endpoint {
+        Some(endpoint) => health(&mut Client::new(endpoint.clone()), CALL_TIMEOUT).await,
+        None => Err("its HTTP address is not known".to_owned()),
+    };
+    let (health, error) = match answer {
+        Ok(health) => (Some(health), None),
+        Err(error) => (None, Some(error)),
+    };
+    let name = member.as_ref().map(|member| member.name.clone());
+    let name = name.or_else(|| health.as_ref().map(|health| health.name.clone()));
+    let address = endpoint.map(|endpoint| endpoint.authority().to_owned());
+    Line {
+        name: name.or_else(|| address.clone()).unwrap_or_default(),
+        endpoint: address,
+        lag_entries: member.as_ref().and_then(|member| member.lag_entries),
+        lag_bytes: member.as_ref().and_then(|member| member.lag_bytes),
+        member_role: member.map(|member| member.role),
+        health,
+        error,
+    }
+}
+
+fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]) -> Vec<String> {
+    let mut problems = Vec::new();
+    match (cluster_error, &cluster.leader) {
+        (Some(error), _) => problems.push(format!("the list of members is not available: {error}")),
+        (None, None) => problems.push("there is no leader, so that writes wait".to_owned()),
+        (None, Some(leader)) => {
+            // A node that has lost the others goes on naming the last leader it heard of.
+            let is_known = nodes.iter().any(|line| line.name == *leader);
+            let leads = |line: &Line| line.health.as_ref().is_some_and(|health| health.role == "leader");
+            if is_known && !nodes.iter().any(leads) {
+                problems.push(format!("{leader} was the last leader, and no node that answers leads now"));
+            }
+        }
+    }
+    let voters = cluster.members.iter().filter(|member| member.voter).count();
+    let answering = |member: &&MemberBody| {
+        member.voter && nodes.iter().any(|line| line.name == member.name && line.health.is_some())
+    };
+    let answering = cluster.members.iter().filter(answering).count();
+    if answering * 2 <= voters && voters > 0 {
+        problems
+            .push(format!("only {answering} of {voters} voters answer: no majority, so that nothing can be written"));
+    }
+    for line in nodes {
+        match &line.health {
+            None => {
+                let error = line.error.as_deref().unwrap_or("no answer");
+                problems.push(format!("{} does not answer ({error})", line.name));
+            }
+            Some(health) if health.disk.state == "failed" => {
+                let reason = health.disk.reason.as_deref().unwrap_or("no reason given");
+                problems.push(format!("the disk of {} failed ({reason})", line.name));
+            }
+            Some(health) if health.status != "ok" => {
+                problems.push(format!("{} says {:?}", line.name, health.status));
+            }
+            Some(_) => {}
+        }
+    }
+    problems
+}
+
+fn text(report: &StatusReport) -> String {
+    let mut table = output::table(["NODE", "HTTP", "ROLE", "TERM", "APPLIED", "LAG", "DISK", "VERSION", "STATUS"]);
+    let dash = || "-".to_owned();
+    for line in &report.nodes {
+        let endpoint = line.endpoint.clone().unwrap_or_else(dash);
+        let lag = match (line.lag_entries, line.lag_bytes) {
+            (Some(entries), Some(bytes)) => format!("{entries} entries, {bytes} B"),
+            (Some(entries), None) => format!("{entries} entries"),
+            (None, _) => dash(),
+        };
+        let row = match &line.health {
+            Some(health) => [
+                line.name.clone(),
+                endpoint,
+                health.role.clone(),
+                health.term.to_string(),
+                health.applied_index.to_string(),
+                lag,
+                health.disk.state.clone(),
+                health.version.clone(),
+                health.status.clone(),
+            ],
+            None => {
+                let role = line.member_role.clone().unwrap_or_else(dash);
+                let status = "no answer".to_owned();
+                [line.name.clone(), endpoint, role, dash(), dash(), lag, dash(), dash(), status]
+            }
+        };
+        table.add_row(row);
+    }
+    let leader = report.leader.as_deref().unwrap_or("none");
+    format!("{table}\nleader: {leader}, term {}", report.term)
+}

@@ -1,0 +1,225 @@
+//! The tree's figures.
+//!
+//! What happens often arrives through the observer; sizes and totals that the tree keeps anyway are
+//! put in just before a scrape with [`Metrics::set_tree`].
+
+use std::time::Duration;
+
+use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
+
+use super::Metrics;
+use super::observers::EngineObserver;
+use super::register::Register;
+use super::summary::Summary;
+use super::wal::gauge;
+use crate::state::engine::EngineError;
+
+/// The operations the tree counts. Each has its series from the first scrape on.
+const OPERATIONS: [&str; 7] = ["put", "get", "scan", "flush", "compact", "checkpoint", "open"];
+
+/// From a small flush-sized merge to a full compaction of a large tree, seconds.
+const COMPACTION_BUCKETS: [f64; 10] = [0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0];
+
+pub(super) struct StorageMetrics {
+    operations: IntCounterVec,
+    operation_errors: IntCounterVec,
+    put_duration: Summary,
+    lock_wait: Summary,
+    write_amplification: Gauge,
+    compaction_duration: Histogram,
+    pending_compaction_bytes: IntGauge,
+    sst_files: IntGauge,
+    bytes: IntGauge,
+    level0_runs: IntGauge,
+    sealed_memtables: IntGauge,
+    compaction_progress: Gauge,
+    compaction_runs: IntCounter,
+    compaction_failures: IntCounter,
+    compaction_written_bytes: IntCounter,
+    assertions_indexed: IntCounter,
+}
+
+/// What the tree knows about itself at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TreeFigures {
+    /// Table files.
+    pub sst_files: u64,
+    /// Bytes of all table files.
+    pub bytes: u64,
+    /// Bytes that the compactions due now would read.
+    pub pending_compaction_bytes: u64,
+    /// Runs in level 0: reads look into each, and many slow writes down.
+    pub level0_runs: u64,
+    /// Memtables that wait to be flushed: many slow writes down.
+    pub sealed_memtables: u64,
+    /// Bytes that flushes wrote since the process started.
+    pub flushed_bytes_total: u64,
+    /// Bytes that compactions wrote since the process started.
+    pub compaction_written_bytes_total: u64,
+}
+
+impl StorageMetrics {
+    pub(super) fn new(register: &mut Register) -> Self {
+        let metrics = StorageMetrics {
+            operations: register.counters(
+                "stemedb_storage_operations_total",
+                "Operations of the tree that ended, well or not. Reads are counted only when they fail.",
+                &["operation"],
+            ),
+            operation_errors: register.counters(
+                "stemedb_storage_operation_errors_total",
+                "Operations of the tree that failed.",
+                &["operation"],
+            ),
+            put_duration: register.summary(
+                "stemedb_storage_put_duration_seconds",
+                "Duration of writing one batch (one log entry) into the tree; quantiles of the last minute.",
+            ),
+            lock_wait: register.summary(
+                "stemedb_lock_wait_duration_seconds",
+                "Waits for the data folder's lock and for room in the tree; quantiles of the last minute.",
+            ),
+            write_amplification: register.ratio(
+                "stemedb_storage_write_amplification",
+                "Bytes the tree wrote per byte flushed, since the start; 0 before the first flush.",
+            ),
+            compaction_duration: register.histogram(
+                "stemedb_lsm_compaction_duration_seconds",
+                "Duration of a compaction.",
+                &COMPACTION_BUCKETS,
+            ),
+            pending_compaction_bytes: register
+                .gauge("stemedb_lsm_pending_compaction_bytes", "Bytes that the compactions due now would read."),
+            sst_files: register.gauge("stemedb_lsm_sst_files", "Table files of the tree."),
+            bytes: register.gauge("stemedb_lsm_bytes", "Bytes of the tree's table files."),
+            level0_runs: register.gauge("stemedb_lsm_level0_runs", "Runs in level 0 of the tree."),
+            sealed_memtables: register.gauge("stemedb_lsm_sealed_memtables", "Memtables that wait to be flushed."),
+            compaction_progress: register.ratio(
+                "stemedb_compaction_progress",
+                "Part of the tree's bytes that no due compaction has to rewrite: 1 when all is done.",
+            ),
+            compaction_runs: register.counter("stemedb_compaction_runs_total", "Compactions that ended well."),
+            compaction_failures: register.counter("stemedb_compaction_failures_total", "Compactions that failed."),
+            compaction_written_bytes: register
+                .counter("stemedb_compaction_written_bytes_total", "Bytes that compactions wrote since the start."),
+            assertions_indexed: register
+                .counter("stemedb_assertions_indexed_total", "Assertions in the applied state of this node."),
+        };
+        for operation in OPERATIONS {
+            metrics.operations.with_label_values(&[operation]).inc_by(0);
+            metrics.operation_errors.with_label_values(&[operation]).inc_by(0);
+        }
+        metrics.compaction_progress.set(1.0);
+        metrics
+    }
+}
+
+impl Metrics {
+    /// What the tree knows about itself, put in before a scrape.
+    pub fn set_tree(&self, tree: TreeFigures) {
+        let storage = &self.storage;
+        storage.sst_files.set(gauge(tree.sst_files));
+        storage.bytes.set(gauge(tree.bytes));
+        storage.pending_compaction_bytes.set(gauge(tree.pending_compaction_bytes));
+        storage.level0_runs.set(gauge(tree.level0_runs));
+        storage.sealed_memtables.set(gauge(tree.sealed_memtables));
+        let done = match tree.bytes {
+            0 => 1.0,
+            bytes => 1.0 - tree.pending_compaction_bytes.min(bytes) as f64 / bytes as f64,
+        };
+        storage.compaction_progress.set(done);
+        raise(&storage.compaction_written_bytes, tree.compaction_written_bytes_total);
+        let written = tree.flushed_bytes_total.saturating_add(tree.compaction_written_bytes_total);
+        let amplification = match tree.flushed_bytes_total {
+            0 => 0.0,
+            flushed => written as f64 / flushed as f64,
+        };
+        storage.write_amplification.set(amplification);
+    }
+
+    /// Assertions in the applied state. A smaller number than before is passed over: a counter never falls
+    /// while the process lives.
+    pub fn set_assertions_indexed(&self, total: u64) {
+        raise(&self.storage.assertions_indexed, total);
+    }
+
+    /// The start waited this long for the data folder's lock, or a write for room in the tree.
+    pub fn lock_waited(&self, took: Duration) {
+        self.storage.lock_wait.observe(took);
+    }
+}
+
+impl EngineObserver for Metrics {
+    fn operation_done(&self, operation: &'static str, took: Duration) {
+        self.storage.operations.with_label_values(&[operation]).inc();
+        match operation {
+            "put" => self.storage.put_duration.observe(took),
+            "compact" => {
+                self.storage.compaction_runs.inc();
+                self.storage.compaction_duration.observe(took.as_secs_f64());
+            }
+            _ => {}
+        }
+    }
+
+    /// Counts; the engine's caller, who handles the error, logs it.
+    fn operation_failed(&self, operation: &'static str, _error: &EngineError) {
+        self.storage.operations.with_label_values(&[operation]).inc();
+        self.storage.operation_errors.with_label_values(&[operation]).inc();
+        if operation == "compact" {
+            self.storage.compaction_failures.inc();
+        }
+    }
+}
+
+/// Brings a counter up to a total that somebody else keeps.
+fn raise(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::tests::value;
+
+    #[test]
+    fn errors_have_their_denominator() {
+        let metrics = Metrics::new();
+        let error = EngineError::Damaged { operation: "get", detail: "a test".into() };
+        metrics.operation_done("put", Duration::from_millis(2));
+        metrics.operation_failed("put", &error);
+        metrics.operation_failed("get", &error);
+        assert_eq!(value(&metrics, "stemedb_storage_operations_total{operation=\"put\"}"), 2.0);
+        assert_eq!(value(&metrics, "stemedb_storage_operation_errors_total{operation=\"put\"}"), 1.0);
+        assert_eq!(value(&metrics, "stemedb_storage_operations_total{operation=\"get\"}"), 1.0);
+        assert_eq!(value(&metrics, "stemedb_storage_put_duration_seconds_count"), 1.0);
+    }
+
+    #[test]
+    fn write_amplification_is_bytes_written_per_byte_flushed() {
+        let metrics = Metrics::new();
+        assert_eq!(value(&metrics, "stemedb_storage_write_amplification"), 0.0);
+        let tree = TreeFigures {
+            flushed_bytes_total: 100,
+            compaction_written_bytes_total: 150,
+            bytes: 40,
+            pending_compaction_bytes: 20,
+            ..TreeFigures::default()
+        };
+        metrics.set_tree(tree);
+        assert_eq!(value(&metrics, "stemedb_storage_write_amplification"), 2.5);
+        assert_eq!(value(&metrics, "stemedb_compaction_progress"), 0.5);
+        metrics.set_tree(TreeFigures { pending_compaction_bytes: 0, ..tree });
+        assert_eq!(value(&metrics, "stemedb_compaction_progress"), 1.0);
+        assert_eq!(value(&metrics, "stemedb_compaction_written_bytes_total"), 150.0);
+    }
+
+    #[test]
+    fn the_number_of_assertions_never_falls() {
+        let metrics = Metrics::new();
+        for (given, shown) in [(7, 7.0), (5, 7.0), (9, 9.0)] {
+            metrics.set_assertions_indexed(given);
+            assert_eq!(value(&metrics, "stemedb_assertions_indexed_total"), shown);
+        }
+    }
+}

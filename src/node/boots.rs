@@ -1,0 +1,170 @@
+//! The highest boot count seen of each other node.
+//!
+//! A node that comes back with a lower boot count than it already had runs on an old copy of its
+//! folder: its log or vote may be older than what it has promised, so nothing it says is taken.
+//! The counts are kept in the file `peers-seen`; a message of a new boot is answered only after its
+//! count is durable here, so that the memory of it cannot be lost with the next crash.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::sync::watch;
+
+use super::files::{self, FileError};
+
+/// Name of the file in the data folder.
+const FILE: &str = "peers-seen";
+
+/// Memory of the boot counts. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct SeenBoots {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    table: Mutex<Table>,
+    /// The version of the table that is durable, or why saving failed.
+    saved: watch::Sender<Result<u64, String>>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    highest: BTreeMap<u64, u64>,
+    version: u64,
+    saving: bool,
+}
+
+/// The node runs on an old copy of its folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "boot count {boot} of node {node_id} is lower than {highest}, which was seen before: it runs on an old copy of its data \
+     folder; replace it by a new member with an empty one"
+)]
+pub struct StaleBoot {
+    /// Raft id of the node.
+    pub node_id: u64,
+    /// The count it came with.
+    pub boot: u64,
+    /// The highest count seen.
+    pub highest: u64,
+}
+
+impl SeenBoots {
+    /// Reads the file.
+    pub fn open(data_dir: &Path) -> Result<SeenBoots, FileError> {
+        let path = data_dir.join(FILE);
+        let damaged = |line: &str| FileError::Damaged { path: path.clone(), why: format!("line {line:?}") };
+        let mut highest = BTreeMap::new();
+        for line in files::read(&path)?.unwrap_or_default().lines() {
+            let (id, boot) = line.split_once(' ').ok_or_else(|| damaged(line))?;
+            let id = id.parse().map_err(|_| damaged(line))?;
+            highest.insert(id, boot.parse().map_err(|_| damaged(line))?);
+        }
+        let (saved, _) = watch::channel(Ok(0));
+        Ok(SeenBoots {
+            inner: Arc::new(Inner { path, table: Mutex::new(Table { highest, ..Table::default() }), saved }),
+        })
+    }
+
+    /// The highest boot count seen of a node.
+    pub fn highest(&self, node_id: u64) -> Option<u64> {
+        self.inner.table.lock().unwrap_or_else(PoisonError::into_inner).highest.get(&node_id).copied()
+    }
+
+    /// Notes that `node_id` speaks with `boot`. The returned version is durable once `wait_saved`
+    /// returns for it.
+    pub fn observe(&self, node_id: u64, boot: u64) -> Result<u64, StaleBoot> {
+        let mut table = self.inner.table.lock().unwrap_or_else(PoisonError::into_inner);
+        match table.highest.get(&node_id).copied() {
+            Some(highest) if boot < highest => return Err(StaleBoot { node_id, boot, highest }),
+            Some(highest) if boot == highest => return Ok(table.version),
+            _ => {}
+        }
+        table.highest.insert(node_id, boot);
+        table.version += 1;
+        let version = table.version;
+        if !table.saving {
+            table.saving = true;
+            let inner = Arc::clone(&self.inner);
+            tokio::task::spawn_blocking(move || inner.save_until_current());
+        }
+        Ok(version)
+    }
+
+    /// Whether `version` is durable already.
+    pub fn is_saved(&self, version: u64) -> bool {
+        matches!(&*self.inner.saved.borrow(), Ok(saved) if *saved >= version)
+    }
+
+    /// Waits until `version` is durable; the error says why it cannot become so.
+    pub async fn wait_saved(&self, version: u64) -> Result<(), String> {
+        let mut saved = self.inner.saved.subscribe();
+        let state = saved.wait_for(|s| !matches!(s, Ok(done) if *done < version)).await;
+        match state.map(|s| s.clone()) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(why)) => Err(why),
+            Err(_) => Err("the node is stopping".into()),
+        }
+    }
+}
+
+impl Inner {
+    /// Writes the newest table, and again when it changed meanwhile.
+    fn save_until_current(&self) {
+        let mut done = None;
+        loop {
+            let (lines, version) = {
+                let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+                if done == Some(table.version) {
+                    table.saving = false;
+                    return;
+                }
+                let lines: String = table.highest.iter().map(|(id, boot)| format!("{id} {boot}\n")).collect();
+                (lines, table.version)
+            };
+            let result = files::replace(&self.path, &lines).map(|()| version).map_err(|e| e.to_string());
+            if let Err(why) = &result {
+                tracing::error!("storage write error: boot counts of the other nodes were not saved: {why}");
+            }
+            drop(self.saved.send_replace(result));
+            done = Some(version);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lower_boot_count_is_rejected_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let seen = SeenBoots::open(dir.path()).unwrap();
+        let version = seen.observe(2, 7).unwrap();
+        seen.wait_saved(version).await.unwrap();
+        assert!(seen.is_saved(version));
+        assert_eq!(seen.observe(2, 6), Err(StaleBoot { node_id: 2, boot: 6, highest: 7 }));
+        drop(seen);
+        let again = SeenBoots::open(dir.path()).unwrap();
+        assert!(again.observe(2, 6).is_err());
+        let known = again.observe(2, 7).unwrap();
+        assert!(again.is_saved(known));
+        let newer = again.observe(2, 8).unwrap();
+        again.wait_saved(newer).await.unwrap();
+        assert!(again.observe(3, 1).is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_saved_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let seen = SeenBoots::open(&dir.path().join("absent")).unwrap();
+        let version = seen.observe(2, 1).unwrap();
+        assert!(seen.wait_saved(version).await.is_err());
+    }
+}

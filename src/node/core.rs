@@ -1,0 +1,239 @@
+//! What exists once Raft runs on this node, and what every part of the node shares.
+//!
+//! `Shared` lives from the start of the process; `Core` comes when the node has a place in a cluster
+//! and its state is open. Parts hold an `Arc<Shared>` and never each other. The view of the cluster
+//! is one watched value, so that whoever waits for a leader is woken by the change itself.
+
+use std::sync::{
+    Arc, Mutex, OnceLock, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use arc_swap::ArcSwap;
+use openraft::{Raft, RaftMetrics, async_runtime::WatchReceiver};
+use stemedb_net::LocalIdentity;
+use stemedb_raft::{
+    WalHandle,
+    types::{StoredMembership, TypeConfig},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
+    freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
+    proposer::Surroundings, read_index::Rounds, submit_rules::Leader, vital::Vital,
+};
+use crate::{
+    clock,
+    config::Config,
+    metrics::Metrics,
+    state::machine::{PublishedState, StateHandle, StateMachine},
+};
+
+/// The state machine of this node.
+pub type Machine = StateMachine<NodeApplier>;
+/// Raft on this node.
+pub type RaftNode = Raft<TypeConfig, Machine>;
+
+/// A leader as others need it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaderInfo {
+    /// Raft id.
+    pub id: u64,
+    /// Name.
+    pub name: String,
+    /// `host:port` of its peer listener.
+    pub addr: String,
+    /// Whether it is this node.
+    pub here: bool,
+}
+
+/// The cluster as this node sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClusterView {
+    /// The leader, if one is known together with its address.
+    pub leader: Option<LeaderInfo>,
+    /// The term.
+    pub term: u64,
+    /// `leader`, `follower`, `candidate`, `learner` or `starting`.
+    pub role: Role,
+    /// The membership in effect.
+    pub membership: Arc<StoredMembership>,
+}
+
+/// This node's part in Raft.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Raft does not run here (yet, or any more).
+    #[default]
+    Starting,
+    /// Receives the log without a vote.
+    Learner,
+    /// Follows a leader or waits for one.
+    Follower,
+    /// Stands for election.
+    Candidate,
+    /// Leads.
+    Leader,
+}
+
+impl Role {
+    /// The word in answers.
+    pub fn word(self) -> &'static str {
+        match self {
+            Role::Starting => "starting",
+            Role::Learner => "learner",
+            Role::Follower => "follower",
+            Role::Candidate => "candidate",
+            Role::Leader => "leader",
+        }
+    }
+}
+
+impl ClusterView {
+    /// The leader as the rules of `submit_rules` want it.
+    pub fn leader_key(&self) -> Leader {
+        self.leader.as_ref().map_or(Leader::Unknown, |l| Leader::Node { id: l.id, term: self.term })
+    }
+}
+
+/// Returns once the leader is another one than `known`, or in another term.
+pub async fn leader_change(view: &mut watch::Receiver<ClusterView>, known: Leader) {
+    if view.wait_for(|v| v.leader_key() != known).await.is_err() {
+        // The view ends with the node, whose `stop` ends this wait.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Raft and what belongs to it.
+pub struct Core {
+    /// Raft.
+    pub raft: RaftNode,
+    /// The state.
+    pub state: StateHandle,
+    /// The way into the log.
+    pub proposer: Proposer,
+    /// Rounds at this node, when it leads.
+    pub leader_rounds: Rounds,
+    /// Questions to the leader, when it is another node.
+    pub remote_rounds: Rounds,
+}
+
+impl Core {
+    /// The newest metrics of Raft.
+    pub fn raft_metrics(&self) -> RaftMetrics<TypeConfig> {
+        self.raft.metrics().borrow_watched().clone()
+    }
+
+    /// How far readers can see now.
+    pub fn published(&self) -> PublishedState {
+        *self.state.published().borrow()
+    }
+}
+
+/// An assignment that waits for the forming task, and the way back.
+pub type AssignRequest = (Assignment, oneshot::Sender<Result<(), String>>);
+
+/// Shared by all parts of a node.
+pub struct Shared {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// The figures of this process.
+    pub metrics: Arc<Metrics>,
+    /// What this node says of itself in each frame.
+    pub local: Arc<ArcSwap<LocalIdentity>>,
+    /// The identity, once there is one.
+    pub identity: ArcSwap<Option<Identity>>,
+    /// The log.
+    pub wal: WalHandle,
+    /// Whether the log had entries or a vote of an election when it was opened.
+    pub log_was_used: bool,
+    /// Boot counts of the others.
+    pub boots: SeenBoots,
+    /// Outgoing connections.
+    pub peers: Peers,
+    /// Commands for leaders elsewhere.
+    pub forwarders: Forwarders,
+    /// The bound on commands held for clients.
+    pub park: Park,
+    /// Hash of the configured list of peers.
+    pub list_hash: u128,
+    /// Assignments go here while this node has no identity.
+    pub assignments: mpsc::Sender<AssignRequest>,
+    /// The cluster as seen from here.
+    pub view: watch::Sender<ClusterView>,
+    /// Contacts with leaders.
+    pub freshness: Mutex<Freshness>,
+    /// State of the disk.
+    pub disk: watch::Sender<DiskHealth>,
+    /// Whether the state has caught up with what was committed when the node started.
+    pub caught_up: watch::Sender<bool>,
+    /// Set when this node is about to stop: it takes no leadership any more.
+    pub leaving: AtomicBool,
+    /// Cancelled when the node stops.
+    pub stop: CancellationToken,
+    /// The node's tasks, and why it cannot go on at all, once that is so.
+    pub vital: Vital,
+    /// Set once.
+    pub core: OnceLock<Core>,
+}
+
+impl Shared {
+    /// This node's name.
+    pub fn name(&self) -> &str {
+        &self.config.node.name
+    }
+
+    /// Whether the log holds entries, or this node voted: then it is or was a working member.
+    pub fn log_is_used(&self) -> bool {
+        self.log_was_used || self.wal.last_log_id().is_some()
+    }
+
+    /// Why nothing may be acknowledged by this node, if so.
+    pub fn silenced(&self) -> Option<String> {
+        if let Some(latched) = self.wal.latched() {
+            return Some(latched.to_string());
+        }
+        if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {
+            return Some(error.to_string());
+        }
+        self.disk.borrow().reason.clone()
+    }
+
+    /// Why this node must not take leadership over, if so.
+    pub fn may_not_lead(&self) -> Option<String> {
+        let leaving = self.leaving.load(Ordering::Relaxed).then(|| "this node is about to stop".to_owned());
+        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended())
+    }
+
+    /// Log time now, by this node's estimate.
+    pub fn log_time_ms(&self) -> u64 {
+        super::log_time::estimate(self.log_time(), clock::monotonic_ms())
+    }
+
+    /// Notes a message of a leader that arrived at `arrived_ms` of the monotonic clock: what it has committed.
+    pub fn leader_contact(&self, arrived_ms: u64, committed: Option<u64>) {
+        let applied = self.core.get().and_then(|core| core.published().applied_log_index);
+        let mut freshness = self.freshness.lock().unwrap_or_else(PoisonError::into_inner);
+        freshness.contact(arrived_ms, committed, applied);
+    }
+}
+
+impl Surroundings for Shared {
+    fn log_time(&self) -> Applied {
+        self.core.get().map_or_else(Applied::default, |core| {
+            let state = core.published();
+            Applied { log_time_ms: state.log_time_ms, at_monotonic_ms: state.at_monotonic_ms }
+        })
+    }
+
+    fn silenced(&self) -> Option<String> {
+        Shared::silenced(self)
+    }
+
+    fn entry_proposed(&self, commands: usize) {
+        self.metrics.entry_proposed(commands);
+    }
+}

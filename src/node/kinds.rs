@@ -1,0 +1,83 @@
+//! The table of messages between nodes.
+//!
+//! A number never changes its meaning. Below `stemedb_net::PROBE_KINDS` a message needs no identity
+//! on either side; all others are taken only from members of the same cluster.
+
+use stemedb_net::Lane;
+
+/// One kind of message. The number is what travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Kind {
+    /// Where do you stand? `()` → `ProbeAnswer`.
+    Probe = 1,
+    /// Take this place in the cluster that is being formed. `Assignment` → `()`.
+    Assign = 2,
+    /// Raft: `AppendEntriesRequest` → `AppendEntriesResponse`; heartbeats are the same without entries.
+    Append = 16,
+    /// Raft: `VoteRequest` → `VoteResponse`.
+    Vote = 17,
+    /// Raft: as `Vote`, without any promise.
+    PreVote = 18,
+    /// Raft: `TransferLeaderRequest` → `TransferLeaderResponse`.
+    TransferLeader = 19,
+    /// Commands for the leader: `ForwardRequest` → `ForwardReply`.
+    Forward = 32,
+    /// The log index that a read must see: `()` → `ReadIndexReply`.
+    ReadIndex = 33,
+    /// What a node knows about itself: `()` → `StatusReply`.
+    Status = 34,
+    /// Opens a checkpoint: `CheckpointOpen` → `CheckpointAccepted`.
+    CheckpointOpen = 48,
+    /// A piece of it: `CheckpointChunk` → `()`.
+    CheckpointChunk = 49,
+    /// All pieces were sent; install it: `CheckpointInstall` → `SnapshotResponse`.
+    CheckpointInstall = 50,
+}
+
+/// Every kind with its lane.
+pub const KINDS: [(Kind, Lane); 12] = [
+    (Kind::Probe, Lane::Control),
+    (Kind::Assign, Lane::Control),
+    // Heartbeats on `Control`, entries on `Log`.
+    (Kind::Append, Lane::Log),
+    (Kind::Vote, Lane::Control),
+    (Kind::PreVote, Lane::Control),
+    (Kind::TransferLeader, Lane::Control),
+    (Kind::Forward, Lane::Log),
+    (Kind::ReadIndex, Lane::Control),
+    (Kind::Status, Lane::Control),
+    (Kind::CheckpointOpen, Lane::Bulk),
+    (Kind::CheckpointChunk, Lane::Bulk),
+    (Kind::CheckpointInstall, Lane::Bulk),
+];
+
+impl Kind {
+    /// The number that travels.
+    pub fn number(self) -> u16 {
+        self as u16
+    }
+
+    /// The kind of a number; `None` for one that this version does not know.
+    pub fn of(number: u16) -> Option<Kind> {
+        KINDS.iter().map(|(kind, _)| *kind).find(|kind| kind.number() == number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_frozen_unique_and_probes_are_below_the_bound() {
+        let numbers: Vec<u16> = KINDS.iter().map(|(kind, _)| kind.number()).collect();
+        assert_eq!(numbers, [1, 2, 16, 17, 18, 19, 32, 33, 34, 48, 49, 50]);
+        for (kind, _) in KINDS {
+            assert_eq!(Kind::of(kind.number()), Some(kind));
+            let probe = matches!(kind, Kind::Probe | Kind::Assign);
+            assert_eq!(probe, kind.number() < stemedb_net::PROBE_KINDS);
+        }
+        assert_eq!(Kind::of(0), None);
+        assert_eq!(Kind::of(999), None);
+    }
+}

@@ -1,0 +1,237 @@
+//! One node: everything below the HTTP API put together.
+//!
+//! ```text
+//!  submit ─► park ─► leader here? ─► proposer ─► Raft ─► log ─► apply ─► outcome
+//!                         └ elsewhere ─► forward ─► peer port of the leader ─► its proposer
+//!  read ─► read index (a shared round) ─► wait until published ─► view of the state
+//!  peer port ─► admit (cluster, target, boot count) ─► Raft, proposer, rounds, checkpoints
+//! ```
+//!
+//! `start` brings it up, `formation` gives it a place in a cluster, `watch` keeps its view of the
+//! cluster, `upkeep` takes checkpoints. Decisions are pure functions (`bootstrap`, `submit_rules`,
+//! `identity::standing`, `log_time`, `freshness`, `upkeep::Upkeep`); the files around them only do
+//! what those say.
+
+pub mod applier;
+pub mod boots;
+pub mod bootstrap;
+mod checkpoint_receive;
+mod checkpoint_send;
+pub mod core;
+pub mod disk;
+mod files;
+mod formation;
+mod forward;
+pub mod freshness;
+mod handover;
+pub mod identity;
+pub mod kinds;
+pub mod log_time;
+pub mod messages;
+pub mod park;
+mod peers;
+pub mod proposer;
+mod read;
+mod read_index;
+mod rpc_server;
+mod start;
+pub mod status;
+mod submit;
+pub mod submit_rules;
+mod transport;
+pub mod upkeep;
+pub mod vital;
+mod watch;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use tokio::sync::oneshot;
+
+use self::{core::Shared, identity::FolderLock};
+use crate::{
+    config::Config,
+    metrics::{Metrics, RaftFigures, TreeFigures},
+    state::command::{CommandKey, Operation},
+    store_helpers::StoreView,
+};
+
+pub use self::{
+    read::{Consistency, ReadError},
+    start::{Ground, StartError},
+    status::{ClusterReport, Health, MemberReport},
+    submit::{SubmitError, Submitted},
+};
+
+/// How long a stopping node waits for the owner of its state to finish: one entry or one checkpoint
+/// piece. Past that the files are left as a crash would leave them, which recovery is made for.
+const STATE_GONE_MAX: Duration = Duration::from_secs(10);
+
+/// A running node. All methods may be called at any time, also while it forms its cluster or stops.
+pub struct Node {
+    shared: Arc<Shared>,
+    rest: Mutex<Option<(FolderLock, oneshot::Receiver<()>)>>,
+}
+
+impl Node {
+    /// Starts a node and binds its peer listener. Returns once everything on its own disk is open; a
+    /// node without a place in a cluster goes on waiting for it in the background.
+    pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>) -> Result<Arc<Node>, StartError> {
+        Self::start_on(config, metrics, Ground::default()).await
+    }
+
+    /// As `start`, on a given peer listener or disk.
+    pub async fn start_on(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Node>, StartError> {
+        let start::Started { shared, lock, state_gone } = start::start(config, metrics, ground).await?;
+        let weak = Arc::downgrade(&shared);
+        shared.metrics.before_scrape(move |metrics| fill_metrics(&weak, metrics));
+        Ok(Arc::new(Node { shared, rest: Mutex::new(Some((lock, state_gone))) }))
+    }
+
+    /// Takes a command: parks it until there is a leader, has it proposed, and returns its outcome.
+    /// `key`: the client's or the balancer's; `None` makes one. `body_hash` tells one body from another
+    /// under the same key.
+    pub async fn submit(
+        &self,
+        op: Operation,
+        key: Option<CommandKey>,
+        body_hash: u128,
+    ) -> Result<Submitted, SubmitError> {
+        submit::submit(&self.shared, op, key, body_hash).await
+    }
+
+    /// A view of the state that is as fresh as `consistency` asks for.
+    pub async fn read(&self, consistency: Consistency) -> Result<StoreView, ReadError> {
+        read::read(&self.shared, consistency).await
+    }
+
+    /// This node's health.
+    pub fn health(&self) -> Health {
+        status::health(&self.shared)
+    }
+
+    /// The whole cluster; asks every member, for half a second at most.
+    pub async fn cluster(&self) -> ClusterReport {
+        status::cluster(&self.shared).await
+    }
+
+    /// Whether a load balancer may send requests here; the error says why not.
+    pub fn is_ready(&self) -> Result<(), String> {
+        status::ready(&self.shared)
+    }
+
+    /// Whether this node leads and a quorum has acknowledged it within one lease.
+    pub fn is_leader_with_quorum(&self) -> bool {
+        status::leads_with_quorum(&self.shared)
+    }
+
+    /// Whether its disk has failed: it answers through others then.
+    pub fn has_failed(&self) -> bool {
+        self.shared.silenced().is_some()
+    }
+
+    /// `host:port` of the HTTP listeners of the other members, the leader's first.
+    pub fn other_http_addrs(&self) -> Vec<String> {
+        status::other_http_addrs(&self.shared)
+    }
+
+    /// Entries committed by the leader and not applied here; `None` without recent contact.
+    pub fn replica_lag_entries(&self) -> Option<u64> {
+        status::replica_lag(&self.shared)
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        self.shared.name()
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// The figures of this process.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// What the engine holds and has done; `None` before the state is open or when it failed.
+    pub fn engine_stats(&self) -> Option<crate::state::engine::lsm::EngineStats> {
+        self.shared.core.get()?.state.engine().stats().ok()
+    }
+
+    /// Returns once the node has found out that it cannot serve or go on, with the reason: for
+    /// example that a cluster exists already, or that one of its tasks has died.
+    pub async fn wait_fatal(&self) -> String {
+        self.shared.vital.wait_ended().await
+    }
+
+    /// To be called before `shutdown`, while requests are still served: not ready from now on, and
+    /// leadership goes to the most caught-up voter, if this node has it. Takes 3 seconds at most.
+    pub async fn hand_over(&self) {
+        handover::hand_over(&self.shared).await;
+    }
+
+    /// Stops: takes nothing more, ends Raft, closes the state and then the log, and lets go of the
+    /// folder. Commands under way are answered as unknown. Later calls return at once.
+    pub async fn shutdown(&self) {
+        let rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((lock, state_gone)) = rest else { return };
+        let shared = &self.shared;
+        shared.stop.cancel();
+        shared.vital.finished().await;
+        shared.forwarders.close();
+        shared.peers.close();
+        if let Some(core) = shared.core.get() {
+            if let Err(error) = core.raft.shutdown().await {
+                tracing::warn!(%error, "the Raft task did not end well");
+            }
+            // The receiver ends with the state machine, never with a value.
+            if tokio::time::timeout(STATE_GONE_MAX, state_gone).await.is_err() {
+                tracing::warn!("the state was still in use after {STATE_GONE_MAX:?}");
+            }
+            let state = core.state.clone();
+            if let Err(error) = tokio::task::spawn_blocking(move || state.close_blocking()).await {
+                tracing::warn!(%error, "the state did not close well");
+            }
+        }
+        let wal = shared.wal.clone();
+        match tokio::task::spawn_blocking(move || wal.close()).await {
+            Ok(Ok(())) => tracing::info!("stopped"),
+            Ok(Err(latched)) => tracing::warn!(%latched, "stopped; the log had failed before"),
+            Err(error) => tracing::warn!(%error, "the log did not close well"),
+        }
+        drop(lock);
+    }
+}
+
+fn fill_metrics(shared: &Weak<Shared>, metrics: &Metrics) {
+    let Some(shared) = shared.upgrade() else { return };
+    metrics.set_parked(shared.park.commands_held(), shared.park.bytes_held());
+    metrics.set_wal(shared.wal.bytes_on_disk(), shared.wal.segment_count());
+    let Some(core) = shared.core.get() else { return };
+    let view = shared.view.borrow().clone();
+    metrics.set_raft(RaftFigures {
+        term: view.term,
+        is_leader: view.role == core::Role::Leader,
+        has_leader: view.leader.is_some(),
+        last_log_index: shared.wal.last_log_id().map_or(0, |id| id.index),
+        applied_index: core.published().applied_log_index.unwrap_or_default(),
+    });
+    // One row; a failing read is counted and logged by the engine itself.
+    if let Ok(assertions) = read::current(&shared).map_err(|_| ()).and_then(|v| v.count_assertions().map_err(|_| ())) {
+        metrics.set_assertions_indexed(assertions);
+    }
+    if let Ok(stats) = core.state.engine().stats() {
+        metrics.set_tree(TreeFigures {
+            sst_files: stats.table_count as u64,
+            bytes: stats.table_bytes,
+            pending_compaction_bytes: stats.pending_compaction_bytes,
+            flushed_bytes_total: stats.flushed_bytes,
+            compaction_written_bytes_total: stats.compacted_bytes,
+            ..TreeFigures::default()
+        });
+    }
+}

@@ -1,0 +1,262 @@
+//! The peer port: what this node answers to other nodes.
+//!
+//! Who may speak is decided before anything is read: cluster, target and boot count must fit. Appends
+//! of one connection reach Raft in the order in which they arrived. Handlers refuse only before they
+//! have changed anything; whatever may have had an effect is answered with a value that says so.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, FutureExt};
+use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use stemedb_net::{ConnectionHandler, PeerHello, Refusal, Service, code, identity::judge};
+use stemedb_raft::types::TypeConfig;
+use tokio::sync::oneshot;
+
+use super::{
+    bootstrap::{Assignment, ProbeAnswer},
+    checkpoint_receive::CheckpointInbox,
+    core::{RaftNode, Shared},
+    kinds::Kind,
+    messages::{ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
+    status,
+};
+use crate::clock;
+
+/// A handler refused the request, and the request had no effect.
+pub const REFUSED_BEFORE_EFFECT: u16 = code::SERVICE_MIN;
+/// A handler failed; the request may have had an effect.
+pub const FAILED: u16 = code::SERVICE_MIN + 1;
+
+type Answer = Result<Bytes, Refusal>;
+
+/// The service behind the peer port.
+pub struct PeerService {
+    shared: Arc<Shared>,
+    inbox: Arc<CheckpointInbox>,
+}
+
+impl PeerService {
+    /// Answers for this node.
+    pub fn new(shared: Arc<Shared>) -> PeerService {
+        let inbox = Arc::new(CheckpointInbox::new(shared.config.node.data_dir.clone()));
+        PeerService { shared, inbox }
+    }
+}
+
+impl Service for PeerService {
+    fn connected(&self, hello: PeerHello) -> Box<dyn ConnectionHandler> {
+        Box::new(Connection { shared: Arc::clone(&self.shared), inbox: Arc::clone(&self.inbox), hello })
+    }
+
+    fn admit(&self, hello: &PeerHello, kind: u16) -> Result<(), Refusal> {
+        judge(&self.shared.local.load(), hello, kind, self.shared.boots.highest(hello.node_id))
+    }
+}
+
+struct Connection {
+    shared: Arc<Shared>,
+    inbox: Arc<CheckpointInbox>,
+    hello: PeerHello,
+}
+
+fn refused(why: impl ToString) -> Refusal {
+    Refusal::new(REFUSED_BEFORE_EFFECT, why.to_string())
+}
+
+fn failed(why: impl ToString) -> Refusal {
+    Refusal::new(FAILED, why.to_string())
+}
+
+fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Refusal> {
+    unpack(body).map_err(refused)
+}
+
+fn answer<T: Serialize>(value: &T) -> Answer {
+    pack(value).map_err(failed)
+}
+
+fn now(answer: Answer) -> BoxFuture<'static, Answer> {
+    std::future::ready(answer).boxed()
+}
+
+impl ConnectionHandler for Connection {
+    fn on_request(&mut self, kind: u16, body: Bytes) -> BoxFuture<'static, Answer> {
+        let Some(kind) = Kind::of(kind) else { return now(Err(Refusal::unknown_kind(kind))) };
+        let shared = Arc::clone(&self.shared);
+        match kind {
+            Kind::Probe => return now(answer(&probe(&shared))),
+            Kind::Assign => return assign(shared, body).boxed(),
+            _ => {}
+        }
+        // The boot count must be durable here before anything is promised to its bearer.
+        let boot = match self.shared.boots.observe(self.hello.node_id, self.hello.boot) {
+            Ok(version) => version,
+            Err(stale) => return now(Err(Refusal::new(code::STALE_BOOT, stale.to_string()))),
+        };
+        let handled = self.handle(kind, body);
+        if self.shared.boots.is_saved(boot) {
+            return handled;
+        }
+        async move {
+            // Not `refused`: the request is in Raft's queue or the proposer's by now.
+            shared.boots.wait_saved(boot).await.map_err(failed)?;
+            handled.await
+        }
+        .boxed()
+    }
+}
+
+impl Connection {
+    fn handle(&self, kind: Kind, body: Bytes) -> BoxFuture<'static, Answer> {
+        let shared = Arc::clone(&self.shared);
+        if kind == Kind::Status {
+            return now(answer(&status::own_status(&shared)));
+        }
+        if shared.core.get().is_none() {
+            return now(Err(refused("this node is still starting")));
+        }
+        match kind {
+            Kind::Append => append(shared, &body, self.hello.node_id),
+            Kind::Vote => raft_call(shared, body, |raft, request: VoteRequest<TypeConfig>| async move {
+                raft.vote(request).await.map_err(failed)
+            }),
+            Kind::PreVote => raft_call(shared, body, |raft, request: VoteRequest<TypeConfig>| async move {
+                raft.pre_vote(request).await.map_err(failed)
+            }),
+            Kind::TransferLeader => raft_call(
+                Arc::clone(&shared),
+                body,
+                move |raft, request: TransferLeaderRequest<TypeConfig>| async move {
+                    let is_own = request.to_node_id() == &shared.local.load().node_id;
+                    if let Some(why) = shared.may_not_lead().filter(|_| is_own) {
+                        return Err(refused(why));
+                    }
+                    raft.handle_transfer_leader(request).await.map_err(failed)
+                },
+            ),
+            Kind::Forward => forward(shared, &body),
+            Kind::ReadIndex => read_index(shared).boxed(),
+            Kind::CheckpointOpen => self.inbox.clone().open(body).boxed(),
+            Kind::CheckpointChunk => self.inbox.clone().chunk(body).boxed(),
+            Kind::CheckpointInstall => self.inbox.clone().install(shared, body).boxed(),
+            Kind::Probe | Kind::Assign | Kind::Status => now(Err(failed("handled before"))),
+        }
+    }
+}
+
+/// Runs `work` with Raft and the decoded request.
+fn raft_call<Q, A, F>(
+    shared: Arc<Shared>,
+    body: Bytes,
+    work: impl FnOnce(RaftNode, Q) -> F + Send + 'static,
+) -> BoxFuture<'static, Answer>
+where
+    Q: DeserializeOwned + Send + 'static,
+    A: Serialize + Send + 'static,
+    F: Future<Output = Result<A, Refusal>> + Send + 'static,
+{
+    async move {
+        let raft = shared.core.get().ok_or_else(|| refused("this node is still starting"))?.raft.clone();
+        answer(&work(raft, read(&body)?).await?)
+    }
+    .boxed()
+}
+
+/// Hands an append to Raft at once, so that the order of arrival is the order in Raft's queue, and
+/// returns the future of its answer.
+fn append(shared: Arc<Shared>, body: &Bytes, sender: u64) -> BoxFuture<'static, Answer> {
+    let request: AppendEntriesRequest<TypeConfig> = match read(body) {
+        Ok(request) => request,
+        Err(refusal) => return now(Err(refusal)),
+    };
+    let committed = request.leader_commit.map(|id| id.index);
+    // Not when it is answered: its entries may wait for a sync, and the state is as old as the message.
+    let arrived_ms = clock::monotonic_ms();
+    let handled = async move {
+        let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;
+        let response = core.raft.append_entries(request).await.map_err(failed)?;
+        if !matches!(response, openraft::raft::AppendEntriesResponse::HigherVote(_)) {
+            tracing::trace!(sender, committed, "append");
+            shared.leader_contact(arrived_ms, committed);
+        }
+        answer(&response)
+    };
+    // The first poll puts the request into Raft's queue. Without `unconstrained` it could be put off
+    // when the connection's task has used up its turn, and a later append would overtake it.
+    let mut handled: Pin<Box<_>> = Box::pin(tokio::task::unconstrained(handled));
+    match handled.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(answer) => now(answer),
+        Poll::Pending => handled,
+    }
+}
+
+/// Queues the commands in their order at once, and returns the future of their outcomes.
+fn forward(shared: Arc<Shared>, body: &Bytes) -> BoxFuture<'static, Answer> {
+    let request: ForwardRequest = match read(body) {
+        Ok(request) => request,
+        Err(refusal) => return now(Err(refusal)),
+    };
+    let Some(core) = shared.core.get() else { return now(Err(refused("this node is still starting"))) };
+    let queued: Vec<Result<oneshot::Receiver<ProposeAnswer>, ProposeAnswer>> =
+        request.commands.into_iter().map(|command| core.proposer.propose(Arc::new(command))).collect();
+    async move {
+        let mut answers = Vec::with_capacity(queued.len());
+        for queued in queued {
+            answers.push(match queued {
+                Ok(pending) => {
+                    pending.await.unwrap_or_else(|_| ProposeAnswer::Unknown("the proposer has ended".into()))
+                }
+                Err(answer) => answer,
+            });
+        }
+        answer(&ForwardReply { answers })
+    }
+    .boxed()
+}
+
+async fn read_index(shared: Arc<Shared>) -> Answer {
+    let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;
+    // Only rounds of this node itself: asking on would let two nodes that take each other for the
+    // leader ask for ever.
+    answer(&match core.leader_rounds.join().await {
+        Ok(index) => ReadIndexReply::Index(index),
+        Err(why) => ReadIndexReply::NotLeader(why),
+    })
+}
+
+/// Where this node stands, for a forming cluster.
+fn probe(shared: &Shared) -> ProbeAnswer {
+    let name = shared.name().to_owned();
+    let list_hash = shared.list_hash;
+    match &**shared.identity.load() {
+        None => ProbeAnswer::Empty { name, list_hash },
+        Some(id) if shared.log_is_used() => {
+            ProbeAnswer::Member { name, cluster_id: id.cluster_id, raft_id: id.raft_id }
+        }
+        Some(id) => ProbeAnswer::Assigned { name, list_hash, cluster_id: id.cluster_id, raft_id: id.raft_id },
+    }
+}
+
+async fn assign(shared: Arc<Shared>, body: Bytes) -> Answer {
+    let assignment: Assignment = read(&body)?;
+    let own = (**shared.identity.load()).as_ref().map(|id| (id.cluster_id, id.raft_id));
+    super::bootstrap::accept(&assignment, shared.name(), shared.list_hash, own).map_err(refused)?;
+    if own.is_some() {
+        return answer(&());
+    }
+    let (reply, done) = oneshot::channel();
+    shared.assignments.try_send((assignment, reply)).map_err(|_| refused("this node is not waiting for a place"))?;
+    done.await.map_err(|_| refused("this node is not waiting for a place"))?.map_err(refused)?;
+    answer(&())
+}
+
+#[cfg(test)]
+#[path = "rpc_server_tests.rs"]
+mod tests;

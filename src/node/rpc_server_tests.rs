@@ -1,0 +1,70 @@
+//! What the peer port says of a request, at a whole node.
+#![allow(clippy::unwrap_used)]
+use std::sync::atomic::Ordering;
+
+use stemedb_raft::types::Vote;
+
+use super::*;
+use crate::{
+    config::Config,
+    metrics::Metrics,
+    node::Node,
+    state::command::{Command, CommandKey, KeySource, Operation},
+};
+
+async fn node(dir: &tempfile::TempDir) -> Arc<Node> {
+    let mut config = Config::default();
+    config.node.data_dir = dir.path().to_path_buf();
+    config.cluster.peer_listen = Some("127.0.0.1:0".into());
+    let node = Node::start(Arc::new(config), Arc::new(Metrics::new())).await.unwrap();
+    while node.is_ready().is_err() {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    node
+}
+
+async fn ask<T: Serialize>(node: &Node, kind: Kind, request: &T) -> Answer {
+    let own = **node.shared.local.load();
+    let hello = PeerHello {
+        cluster_id: own.cluster_id,
+        node_id: 77,
+        target_id: own.node_id,
+        boot: 1,
+        lane: stemedb_net::Lane::Log,
+        addr: "127.0.0.1:1".parse().unwrap(),
+    };
+    let mut connection = PeerService::new(Arc::clone(&node.shared)).connected(hello);
+    connection.on_request(kind.number(), pack(request).unwrap()).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_was_queued_is_never_refused_as_without_effect() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(&dir).await;
+    // The boot count of the sender cannot be saved.
+    std::fs::create_dir(dir.path().join("peers-seen.tmp")).unwrap();
+    let command = Command {
+        key: CommandKey { source: KeySource::Node, id: 7 },
+        body_hash: 0,
+        resend_until_ms: u64::MAX,
+        created_at_ms: 1,
+        op: Operation::Assert(vec![]),
+    };
+    let refusal = ask(&node, Kind::Forward, &ForwardRequest { commands: vec![command] }).await.unwrap_err();
+    assert_eq!(refusal.code, FAILED, "{refusal:?}");
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_about_to_stop_refuses_leadership() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(&dir).await;
+    let own_id = node.shared.local.load().node_id;
+    let offer = TransferLeaderRequest::<TypeConfig>::new(Vote::new(1, 2), own_id, None);
+    let taken = ask(&node, Kind::TransferLeader, &offer).await;
+    assert!(taken.is_ok(), "{taken:?}");
+    node.shared.leaving.store(true, Ordering::Relaxed);
+    let refusal = ask(&node, Kind::TransferLeader, &offer).await.unwrap_err();
+    assert_eq!(refusal.code, REFUSED_BEFORE_EFFECT, "{refusal:?}");
+    node.shutdown().await;
+}

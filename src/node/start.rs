@@ -1,0 +1,486 @@
+//! How a node comes to life, in this order: lock, identity, log, listener, place in a cluster, state,
+//! Raft, and the tasks around it.
+//!
+//! Everything that can be wrong with the folder is found before the first message leaves. A node that
+//! has its place starts at once; one without waits for it in the background, and meanwhile its health
+//! says `starting`.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock, atomic::AtomicBool},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use openraft::{Raft, RaftLogReader, SnapshotPolicy, storage::RaftLogStorage};
+use stemedb_net::{Limits, Listener, LocalIdentity};
+use stemedb_raft::{
+    OpenError, WalOptions, WalStore,
+    disk::{Disk, RealDisk},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot, watch},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    applier,
+    boots::SeenBoots,
+    bootstrap,
+    core::{AssignRequest, Core, Shared},
+    files::FileError,
+    formation::{self, Formed},
+    forward::Forwarders,
+    identity::{self, FolderLock, Identity, IdentityError, LockError, LogContent, Standing},
+    park::Park,
+    peers::Peers,
+    proposer::Proposer,
+    read,
+    read_index::{self, Rounds},
+    rpc_server::PeerService,
+    transport::Network,
+    upkeep,
+    vital::Vital,
+    watch as watcher,
+};
+use crate::{
+    config::{Config, PeerEntry},
+    metrics::Metrics,
+    state::{
+        apply::KeyLimits,
+        engine::{EngineError, lsm::LsmOptions},
+        machine::{MachineOptions, StateMachine},
+    },
+};
+
+/// Entries in one append. Replication of many small entries is bounded by messages, not bytes; the log
+/// bounds the bytes of what it hands out.
+const APPEND_ENTRIES_MAX: u64 = 4_096;
+
+/// Waits between attempts to replicate to a node that cannot be reached: short at first, since a
+/// restarted process is back within a second.
+const REPLICATION_BACKOFF: &str = "20ms 40ms 80ms ...400ms";
+
+/// How long a node that starts asks for the index it has to reach, before it asks again.
+const CATCH_UP_ROUND: Duration = Duration::from_secs(10);
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration contradicts itself in what only the node can see.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// The data folder could not be made or read.
+    #[error("{operation} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// With which file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The data folder is in use.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The identity is unusable.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// Another small file is unusable.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The log could not be opened.
+    #[error("write-ahead log: {0}")]
+    Wal(#[from] OpenError),
+    /// The parts of the folder do not belong together.
+    #[error("{0}")]
+    Refused(String),
+    /// The state could not be opened.
+    #[error("{0}")]
+    State(#[from] EngineError),
+    /// The peer listener could not be bound.
+    #[error("listen for other nodes on {addr}: {source}")]
+    Bind {
+        /// `host:port`.
+        addr: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Raft did not start.
+    #[error("raft: {0}")]
+    Raft(String),
+}
+
+/// A node that has started: what its owner keeps.
+pub struct Started {
+    /// Shared by its parts.
+    pub shared: Arc<Shared>,
+    /// Released last.
+    pub lock: FolderLock,
+    /// Ends once no file of the state is touched any more.
+    pub state_gone: oneshot::Receiver<()>,
+}
+
+/// What the tasks of the start hand on.
+struct Parts {
+    shared: Arc<Shared>,
+    log: WalStore,
+    restore: crate::state::machine::RestoreApplier<applier::NodeApplier>,
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| StartError::Refused(format!("a starting step died: {e}")))
+}
+
+/// What a node runs on, beside its configuration.
+pub struct Ground {
+    /// The peer listener; `None`: bound as configured.
+    pub peer_listener: Option<TcpListener>,
+    /// Where the log lies. The state is always in files.
+    pub disk: Arc<dyn Disk>,
+}
+
+impl Default for Ground {
+    fn default() -> Ground {
+        Ground { peer_listener: None, disk: RealDisk::new() }
+    }
+}
+
+/// Starts a node.
+pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Started, StartError> {
+    let data_dir = config.node.data_dir.clone();
+    let path = data_dir.clone();
+    tokio::fs::create_dir_all(&data_dir).await.map_err(|source| StartError::Io {
+        operation: "make the data folder",
+        path,
+        source,
+    })?;
+    metrics.set_log_fsync_errors(config.wal.log_fsync_errors);
+    let began = tokio::time::Instant::now();
+    let lock = identity::lock_folder(&data_dir, config.storage.lock_timeout_ms).await?;
+    metrics.lock_waited(began.elapsed());
+    let known = Identity::load(&data_dir)?;
+    let log = open_log(&config, &metrics, ground.disk).await?;
+    let log_content = log_content(&log).await?;
+    let standing = identity::standing(known.as_ref(), log_content, has_files(&config.kv_dir())?);
+    if let Standing::Refuse(why) = standing {
+        return Err(StartError::Refused(why));
+    }
+    let boots = SeenBoots::open(&data_dir)?;
+    let own = match known {
+        Some(identity) => Some(identity.begin_boot(&data_dir, &config.node.name)?),
+        None => None,
+    };
+
+    let listener = match ground.peer_listener {
+        Some(listener) => listener,
+        None => bind(&config.peer_listen()).await?,
+    };
+    let own_addr = listener.local_addr().map(|a| a.to_string()).unwrap_or_else(|_| config.peer_listen());
+    let peers = formation::effective_peers(&config, &own_addr, &config.http.listen);
+    let own_position = peers.iter().position(|peer| peer.name == config.node.name);
+    // Only a node that looks for its place needs the list.
+    if standing == Standing::Fresh && own_position.is_none() {
+        let why = format!("cluster.peers does not list this node, {:?}", config.node.name);
+        return Err(StartError::Config(why));
+    }
+    let (assignments, assigned) = mpsc::channel(1);
+    let shared = make_shared(config, metrics, &log, boots, own, &peers, assignments, log_content);
+    serve_peers(&shared, listener);
+
+    let (restore, state_gone) = applier::restorer(KeyLimits::default(), shared.vital.clone());
+    let parts = Parts { shared: Arc::clone(&shared), log, restore };
+    match own_position {
+        Some(position) if standing == Standing::Fresh || (standing == Standing::Assigned && position == 0) => {
+            let stop = shared.stop.clone();
+            let forming = form_and_run(parts, peers, position, assigned);
+            shared.vital.spawn("the task that forms the cluster", async move {
+                stop.run_until_cancelled(forming).await;
+            });
+        }
+        _ => {
+            if let Err(error) = run_core(parts).await {
+                shared.stop.cancel();
+                shared.vital.finished().await;
+                return Err(error);
+            }
+        }
+    }
+    Ok(Started { shared, lock, state_gone })
+}
+
+async fn bind(addr: &str) -> Result<TcpListener, StartError> {
+    TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr: addr.to_owned(), source })
+}
+
+async fn open_log(config: &Config, metrics: &Arc<Metrics>, disk: Arc<dyn Disk>) -> Result<WalStore, StartError> {
+    let mut options = WalOptions::new(config.wal_dir());
+    options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
+    options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
+    options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
+    options.observer = Arc::<Metrics>::clone(metrics);
+    let (log, report) = blocking(move || WalStore::open(disk, options)).await??;
+    tracing::info!(?report, "write-ahead log opened");
+    Ok(log)
+}
+
+async fn log_content(log: &WalStore) -> Result<LogContent, StartError> {
+    if log.is_empty() {
+        return Ok(LogContent::Nothing);
+    }
+    let handle = log.handle();
+    if handle.last_log_id().is_some() || handle.purged().is_some() {
+        return Ok(LogContent::Used);
+    }
+    let vote = log.clone().get_log_reader().await.read_vote().await;
+    let vote = vote.map_err(|e| StartError::Refused(format!("the vote cannot be read: {e}")))?;
+    Ok(if vote.is_some_and(|v| v.leader_id.term > 0) { LogContent::Used } else { LogContent::Prepared })
+}
+
+fn has_files(dir: &Path) -> Result<bool, StartError> {
+    match std::fs::read_dir(dir) {
+        Ok(mut entries) => Ok(entries.next().is_some()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(StartError::Io { operation: "read", path: dir.to_owned(), source }),
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // the parts of one struct, made in one place
+fn make_shared(
+    config: Arc<Config>,
+    metrics: Arc<Metrics>,
+    log: &WalStore,
+    boots: SeenBoots,
+    own: Option<Identity>,
+    peers: &[PeerEntry],
+    assignments: mpsc::Sender<AssignRequest>,
+    log_content: LogContent,
+) -> Arc<Shared> {
+    let local = own.as_ref().map_or_else(LocalIdentity::default, |id| LocalIdentity {
+        cluster_id: id.cluster_id,
+        node_id: id.raft_id,
+        boot: id.boot,
+    });
+    let local = Arc::new(ArcSwap::from_pointee(local));
+    let connections = Peers::new(Arc::clone(&local), Limits::default(), boots.clone());
+    // An answer that comes later than this finds nobody: the command's life has ended.
+    let reply_max = Duration::from_millis(config.cluster.request_deadline_ms);
+    let shared = Shared {
+        park: Park::new(config.cluster.park_commands_max, config.cluster.park_bytes_max),
+        config,
+        metrics,
+        local,
+        identity: ArcSwap::from_pointee(own),
+        wal: log.handle(),
+        log_was_used: log_content == LogContent::Used,
+        boots,
+        forwarders: Forwarders::new(connections.clone(), reply_max),
+        peers: connections,
+        list_hash: bootstrap::list_hash(peers),
+        assignments,
+        view: watch::Sender::default(),
+        freshness: Default::default(),
+        disk: watch::Sender::default(),
+        caught_up: watch::Sender::new(false),
+        leaving: AtomicBool::new(false),
+        stop: CancellationToken::new(),
+        vital: Vital::default(),
+        core: OnceLock::new(),
+    };
+    Arc::new(shared)
+}
+
+fn serve_peers(shared: &Arc<Shared>, listener: TcpListener) {
+    let local = Arc::clone(&shared.local);
+    let service = Arc::new(PeerService::new(Arc::clone(shared)));
+    let serving =
+        Listener::serve(listener, Arc::new(move || **local.load()), service, Limits::default(), shared.stop.clone());
+    shared.vital.spawn("the peer port", serving);
+}
+
+/// The background part of a start without a place in a cluster.
+async fn form_and_run(
+    parts: Parts,
+    peers: Vec<PeerEntry>,
+    own_position: usize,
+    mut assigned: mpsc::Receiver<AssignRequest>,
+) {
+    let shared = Arc::clone(&parts.shared);
+    let done = async {
+        let expected = shared.config.cluster.bootstrap_expect as usize;
+        if expected != peers.len() {
+            return Err(format!(
+                "cluster.bootstrap_expect is {expected} and cluster.peers lists {} nodes: a cluster is formed by all of \
+                 them, so the two must be equal",
+                peers.len()
+            ));
+        }
+        let place = formation::Place { shared: &shared, log: parts.log.clone() };
+        let formed = formation::form(place, &peers, own_position, &mut assigned).await?;
+        run_core(parts).await.map_err(|e| e.to_string())?;
+        match formed {
+            Formed::Assigned => Ok(()),
+            Formed::Initialize(members) => initialize(&shared, members).await,
+        }
+    };
+    if let Err(why) = done.await {
+        shared.vital.end(why);
+    }
+}
+
+async fn initialize(
+    shared: &Shared,
+    members: std::collections::BTreeMap<u64, stemedb_raft::types::Member>,
+) -> Result<(), String> {
+    let core = shared.core.get().ok_or("Raft is not running")?;
+    let count = members.len();
+    core.raft.initialize(members).await.map_err(|e| format!("the cluster could not be initialized: {e}"))?;
+    tracing::info!(nodes = count, "cluster formed");
+    Ok(())
+}
+
+/// Settings of Raft; each that differs from openraft's default has its reason in `openraft.md` or here.
+pub fn raft_config(config: &Config) -> Result<openraft::Config, StartError> {
+    let cluster = &config.cluster;
+    let settings = openraft::Config {
+        cluster_name: "stemedb".into(),
+        heartbeat_interval: cluster.heartbeat_ms,
+        election_timeout_min: cluster.election_min_ms,
+        election_timeout_max: cluster.election_max_ms,
+        max_payload_entries: APPEND_ENTRIES_MAX,
+        // Checkpoints and purges are asked for by bytes, in `upkeep`.
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
+        // A transfer times each of its messages; openraft's own bound would end a large one.
+        install_snapshot_timeout: u64::from(u32::MAX),
+        enable_pre_vote: Some(true),
+        // A leader that restores itself may give another content to a log id that followers hold.
+        enable_leader_restore: Some(false),
+        // A follower that lost its log must never be taken back silently.
+        allow_log_reversion: Some(false),
+        quorum_loss_probe_interval: Some(cluster.election_max_ms.saturating_mul(2)),
+        backoff: REPLICATION_BACKOFF.into(),
+        ..openraft::Config::default()
+    };
+    settings.validate().map_err(|e| StartError::Config(format!("cluster: {e}")))
+}
+
+/// Opens the state, starts Raft and the tasks around it.
+async fn run_core(parts: Parts) -> Result<(), StartError> {
+    let Parts { shared, log, restore } = parts;
+    let own_id = shared.local.load().node_id;
+    let options = machine_options(&shared);
+    let machine = blocking(move || StateMachine::open(options, restore)).await??;
+    let state = machine.handle();
+    check_log_covers(&shared, &state)?;
+    let settings = Arc::new(raft_config(&shared.config)?);
+    let network = Network::new(shared.peers.clone());
+    let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
+
+    let (leader_raft, asking) = (raft.clone(), Arc::clone(&shared));
+    let (vital, stop) = (&shared.vital, &shared.stop);
+    let core = Core {
+        proposer: Proposer::start(raft.clone(), Arc::<Shared>::clone(&shared), vital, stop.clone()),
+        leader_rounds: Rounds::start(vital, stop.clone(), move || read_index::leader_round(leader_raft.clone())),
+        remote_rounds: Rounds::start(vital, stop.clone(), move || read::remote_round(Arc::clone(&asking))),
+        raft,
+        state,
+    };
+    if shared.core.set(core).is_err() {
+        return Err(StartError::Raft("it was started twice".into()));
+    }
+    let vital = &shared.vital;
+    vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
+    vital.spawn("the task that watches the log", watcher::watch_log(Arc::clone(&shared)));
+    vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
+    vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
+    Ok(())
+}
+
+fn machine_options(shared: &Shared) -> MachineOptions {
+    const MIB: u64 = 1024 * 1024;
+    let storage = &shared.config.storage;
+    let wal = shared.wal.clone();
+    let lsm = LsmOptions {
+        memtable_bytes_max: storage.memtable_mb.saturating_mul(MIB),
+        cache_bytes: storage.cache_mb.saturating_mul(MIB),
+        compaction: storage.enable_auto_compaction,
+        lock_timeout_ms: storage.lock_timeout_ms,
+        flush_gate: Some(Arc::new(move |log_index| {
+            let wal = wal.clone();
+            Box::pin(async move { wal.wait_flushed(log_index).await.map_err(|e| e.to_string()) })
+        })),
+        observer: Arc::<Metrics>::clone(&shared.metrics),
+    };
+    MachineOptions { data_dir: shared.config.node.data_dir.clone(), lsm }
+}
+
+/// The tree waits for the log before it is flushed, so a log that ends before the tree, with no
+/// checkpoint that says so, has lost entries.
+fn check_log_covers(shared: &Shared, state: &crate::state::machine::StateHandle) -> Result<(), StartError> {
+    let applied = state.engine().applied().log_id;
+    let log_end = shared.wal.last_log_id();
+    let checkpoint = state.checkpoint().and_then(|c| c.applied().log_id);
+    let purged = shared.wal.purged();
+    if purged > applied.max(checkpoint) {
+        return Err(StartError::Refused(format!(
+            "the log begins after {purged:?}, and the state has applied {applied:?}: entries between them are missing here. \
+             Keep the folder, and replace this node by a new member with an empty data folder"
+        )));
+    }
+    if applied > log_end && applied > checkpoint {
+        return Err(StartError::Refused(format!(
+            "the state has applied {applied:?}, and the log ends with {log_end:?}: the log has lost entries. Keep the folder, \
+             and replace this node by a new member with an empty data folder"
+        )));
+    }
+    Ok(())
+}
+
+/// Marks the node as caught up once it has applied what was committed when it started.
+async fn catch_up(shared: Arc<Shared>) {
+    let reached = async {
+        loop {
+            let deadline = tokio::time::Instant::now() + CATCH_UP_ROUND;
+            let Ok(index) = read::read_index_until(&shared, deadline).await else { continue };
+            // The index is the goal from here on, however long it takes.
+            let Some(core) = shared.core.get() else { return };
+            let mut published = core.state.published();
+            if published.wait_for(|s| s.applied_log_index >= Some(index)).await.is_ok() {
+                tracing::info!(index, "caught up: ready");
+                shared.caught_up.send_replace(true);
+            }
+            return;
+        }
+    };
+    shared.stop.run_until_cancelled(reached).await;
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_settings_of_raft_that_protect_data_are_set() {
+        let settings = raft_config(&Config::default()).unwrap();
+        assert_eq!(settings.enable_leader_restore, Some(false));
+        assert_eq!(settings.enable_pre_vote, Some(true));
+        assert_eq!(settings.allow_log_reversion, Some(false));
+        assert_eq!(settings.snapshot_policy, SnapshotPolicy::Never);
+        assert!(settings.quorum_loss_probe_interval >= Some(2 * settings.election_timeout_max));
+        assert_eq!(
+            (settings.heartbeat_interval, settings.election_timeout_min, settings.election_timeout_max),
+            (50, 150, 300)
+        );
+    }
+
+    #[test]
+    fn impossible_clocks_are_refused() {
+        let mut config = Config::default();
+        config.cluster.election_min_ms = 400;
+        assert!(matches!(raft_config(&config), Err(StartError::Config(_))));
+    }
+}

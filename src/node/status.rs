@@ -1,0 +1,289 @@
+//! What this node says about itself and about the cluster.
+
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
+
+use openraft::{RaftMetrics, ServerState};
+use serde::Serialize;
+use stemedb_net::Lane;
+use stemedb_raft::types::{Member, TypeConfig};
+
+use super::{
+    core::{Core, Role, Shared},
+    disk::{DiskHealth, DiskState},
+    kinds::Kind,
+    messages::{Lag, StatusReply, pack, unpack},
+};
+use crate::clock;
+
+/// How long a peer may take to tell its status before the report goes out without it.
+const STATUS_REPLY_MAX: Duration = Duration::from_millis(500);
+
+/// Version of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// `/v1/health`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Health {
+    /// `ok`, `starting`, `failed` or `stopping`.
+    pub status: String,
+    /// Name of the node.
+    pub name: String,
+    /// `leader`, `follower`, `candidate`, `learner` or `starting`.
+    pub role: String,
+    /// The term.
+    pub term: u64,
+    /// Name of the leader, if one is known.
+    pub leader: Option<String>,
+    /// Sequence number of the last published fact: `index` in the API.
+    pub applied_index: u64,
+    /// The disk.
+    pub disk: DiskHealth,
+    /// Version of the program.
+    pub version: String,
+}
+
+/// `/v1/admin/cluster`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClusterReport {
+    /// Name of the leader, if one is known.
+    pub leader: Option<String>,
+    /// The term.
+    pub term: u64,
+    /// Every member, by Raft id.
+    pub members: Vec<MemberReport>,
+}
+
+/// One member.
+#[derive(Clone, Debug, Serialize)]
+pub struct MemberReport {
+    /// Name.
+    pub name: String,
+    /// Raft id.
+    pub id: u64,
+    /// Its own word, or `unreachable`.
+    pub role: String,
+    /// Whether it votes.
+    pub voter: bool,
+    /// Entries of the leader's log that it has not acknowledged as durable; `None` when the leader
+    /// could not be asked.
+    pub lag_entries: Option<u64>,
+    /// The same in bytes of the leader's log, as far as they are written and not purged.
+    pub lag_bytes: Option<u64>,
+    /// Log index of its last applied entry; `None` when it does not answer.
+    pub applied_log_index: Option<u64>,
+    /// Log index of the last entry in its log.
+    pub last_log_index: Option<u64>,
+    /// Log index up to which its log was purged; a replica that ends before it needs a checkpoint.
+    pub purged_log_index: Option<u64>,
+    /// Its disk; `None` when it does not answer.
+    pub disk: Option<DiskHealth>,
+    /// Version of its program.
+    pub version: Option<String>,
+    /// `host:port` of its peer listener.
+    pub peer_addr: String,
+    /// `host:port` of its HTTP listener.
+    pub http_addr: String,
+}
+
+/// The role of a state of Raft.
+pub fn role_of(state: ServerState) -> Role {
+    match state {
+        ServerState::Learner => Role::Learner,
+        ServerState::Follower => Role::Follower,
+        ServerState::Candidate => Role::Candidate,
+        ServerState::Leader => Role::Leader,
+        ServerState::Shutdown => Role::Starting,
+    }
+}
+
+/// `/v1/health` of this node.
+pub fn health(shared: &Shared) -> Health {
+    let view = shared.view.borrow().clone();
+    let disk = shared.disk.borrow().clone();
+    let status = match () {
+        () if is_stopping(shared) => "stopping",
+        () if disk.state == DiskState::Failed || shared.vital.ended().is_some() => "failed",
+        () if shared.core.get().is_none() => "starting",
+        () => "ok",
+    };
+    Health {
+        status: status.into(),
+        name: shared.name().to_owned(),
+        role: view.role.word().to_owned(),
+        term: view.term,
+        leader: view.leader.map(|l| l.name),
+        applied_index: shared.core.get().map_or(0, |core| core.published().fact_index),
+        disk,
+        version: VERSION.into(),
+    }
+}
+
+/// What this node tells other nodes.
+pub fn own_status(shared: &Shared) -> StatusReply {
+    let view = shared.view.borrow().clone();
+    StatusReply {
+        name: shared.name().to_owned(),
+        role: view.role.word().to_owned(),
+        term: view.term,
+        leader: view.leader.map(|l| l.id),
+        last_log_index: shared.wal.last_log_id().map(|id| id.index),
+        purged_log_index: shared.wal.purged().map(|id| id.index),
+        applied_log_index: shared.core.get().and_then(|core| core.published().applied_log_index),
+        disk: shared.disk.borrow().clone(),
+        version: VERSION.into(),
+        replication: shared.core.get().and_then(|core| own_replication(shared, core)),
+    }
+}
+
+/// On a leader: how much each other member lacks.
+fn own_replication(shared: &Shared, core: &Core) -> Option<BTreeMap<u64, Lag>> {
+    let metrics = core.raft_metrics();
+    let end = metrics.last_log_index.map_or(0, |last| last + 1);
+    let lag = |matched: &Option<_>| {
+        let matched: &Option<stemedb_raft::types::LogId> = matched;
+        let missing_from = matched.map_or(0, |id| id.index + 1);
+        Lag { entries: end.saturating_sub(missing_from), bytes: shared.wal.bytes_from(missing_from) }
+    };
+    Some(metrics.replication?.iter().map(|(id, matched)| (*id, lag(matched))).collect())
+}
+
+/// Asks one node; the error says why there is no answer.
+pub async fn ask_status(shared: &Shared, id: u64, addr: &str) -> Result<StatusReply, String> {
+    let body = pack(&()).map_err(|e| e.to_string())?;
+    let peer = shared.peers.to(id, addr, Lane::Control);
+    let answer = peer.call(Kind::Status.number(), body, STATUS_REPLY_MAX).await.map_err(|e| e.to_string())?;
+    unpack(&answer).map_err(|e| e.to_string())
+}
+
+/// `/v1/admin/cluster`: asks every member at once.
+pub async fn cluster(shared: &Shared) -> ClusterReport {
+    let view = shared.view.borrow().clone();
+    let own_id = shared.local.load().node_id;
+    let asked = view.membership.nodes().map(|(id, member)| {
+        let (id, member) = (*id, member.clone());
+        async move {
+            let status =
+                if id == own_id { Ok(own_status(shared)) } else { ask_status(shared, id, &member.peer_addr).await };
+            (id, member, status.ok())
+        }
+    });
+    let answers = futures_util::future::join_all(asked).await;
+    let leader_id = view.leader.as_ref().map(|l| l.id);
+    let lags = answers
+        .iter()
+        .find(|(id, _, _)| Some(*id) == leader_id)
+        .and_then(|(_, _, status)| status.as_ref()?.replication.clone());
+    let voters: Vec<u64> = view.membership.voter_ids().collect();
+    let members = answers
+        .into_iter()
+        .map(|(id, member, status)| {
+            let lag = if Some(id) == leader_id {
+                Some(Lag::default())
+            } else {
+                lags.as_ref().and_then(|l| l.get(&id).copied())
+            };
+            report(id, member, status, voters.contains(&id), lag)
+        })
+        .collect();
+    ClusterReport { leader: view.leader.map(|l| l.name), term: view.term, members }
+}
+
+fn report(id: u64, member: Member, status: Option<StatusReply>, voter: bool, lag: Option<Lag>) -> MemberReport {
+    let Member { name, peer_addr, http_addr } = member;
+    let known = status.as_ref();
+    MemberReport {
+        name,
+        id,
+        role: known.map_or_else(|| "unreachable".to_owned(), |s| s.role.clone()),
+        voter,
+        lag_entries: lag.map(|lag| lag.entries),
+        lag_bytes: lag.map(|lag| lag.bytes),
+        applied_log_index: known.and_then(|s| s.applied_log_index),
+        last_log_index: known.and_then(|s| s.last_log_index),
+        purged_log_index: known.and_then(|s| s.purged_log_index),
+        disk: known.map(|s| s.disk.clone()),
+        version: known.map(|s| s.version.clone()),
+        peer_addr,
+        http_addr,
+    }
+}
+
+/// On a leader: milliseconds since a quorum last acknowledged it; `None` on other nodes.
+pub fn ms_since_quorum(shared: &Shared, core: &Core) -> Option<u64> {
+    if shared.view.borrow().role != Role::Leader {
+        return None;
+    }
+    quorum_age(&core.raft_metrics())
+}
+
+fn quorum_age(metrics: &RaftMetrics<TypeConfig>) -> Option<u64> {
+    if metrics.state != ServerState::Leader {
+        return None;
+    }
+    let mut voters = metrics.membership_config.voter_ids();
+    if (voters.next(), voters.next()) == (Some(metrics.id), None) {
+        return Some(0);
+    }
+    let acked = metrics.last_quorum_acked?;
+    let age = openraft::Instant::elapsed(&*acked);
+    Some(u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// `host:port` of the HTTP listeners of the other members, the leader's first.
+pub fn other_http_addrs(shared: &Shared) -> Vec<String> {
+    let view = shared.view.borrow();
+    let own_id = shared.local.load().node_id;
+    let leader_id = view.leader.as_ref().map(|l| l.id);
+    let mut others: Vec<_> =
+        view.membership.nodes().filter(|(id, member)| **id != own_id && !member.http_addr.is_empty()).collect();
+    others.sort_by_key(|(id, _)| Some(**id) != leader_id);
+    others.into_iter().map(|(_, member)| member.http_addr.clone()).collect()
+}
+
+/// Whether this node leads and a quorum has acknowledged it within one lease.
+pub fn leads_with_quorum(shared: &Shared) -> bool {
+    let Some(core) = shared.core.get() else { return false };
+    shared.silenced().is_none()
+        && shared.vital.ended().is_none()
+        && ms_since_quorum(shared, core).is_some_and(|ms| ms <= shared.config.cluster.election_max_ms)
+}
+
+/// Entries that the leader has committed and this node has not applied; `None` while it has not heard
+/// from a leader for longer than two leases.
+pub fn replica_lag(shared: &Shared) -> Option<u64> {
+    let core = shared.core.get()?;
+    let metrics = core.raft_metrics();
+    let applied_end = core.published().applied_log_index.map_or(0, |index| index + 1);
+    let committed_end = metrics.cluster_committed.map_or(0, |id| id.index + 1);
+    let lag = committed_end.saturating_sub(applied_end);
+    if ms_since_quorum(shared, core).is_some() {
+        return Some(lag);
+    }
+    let freshness = *shared.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let silence_ms = freshness.silence_ms(clock::monotonic_ms())?;
+    (silence_ms <= shared.config.cluster.election_max_ms.saturating_mul(2)).then_some(lag)
+}
+
+fn is_stopping(shared: &Shared) -> bool {
+    shared.stop.is_cancelled() || shared.leaving.load(Ordering::Relaxed)
+}
+
+/// Whether a load balancer may send requests here; the error says why not.
+pub fn ready(shared: &Shared) -> Result<(), String> {
+    if let Some(why) = shared.vital.ended() {
+        return Err(why);
+    }
+    if let Some(why) = shared.silenced() {
+        return Err(format!("the disk has failed: {why}"));
+    }
+    if is_stopping(shared) {
+        return Err("this node is stopping".into());
+    }
+    if shared.core.get().is_none() {
+        return Err("this node is waiting for its cluster to be formed".into());
+    }
+    if !*shared.caught_up.borrow() {
+        return Err("this node has not caught up with what was committed when it started".into());
+    }
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! Runs the life of one command: the rules of `submit_rules` with real waiting and sending.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::oneshot, time::Instant};
+use uuid::Uuid;
+
+use super::{
+    core::{LeaderInfo, Shared, leader_change},
+    forward::attempt_end,
+    messages::ProposeAnswer,
+    proposer::command_bytes,
+    submit_rules::{AttemptEnd, Event, Life, Step, Verdict},
+};
+use crate::{
+    clock,
+    state::command::{Command, CommandKey, CommandOutcome, KeySource, Operation},
+};
+
+/// What `Retry-After` says when a command was not applied: long enough for an election.
+const RETRY_AFTER_S: u64 = 1;
+
+/// A command's outcome.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Submitted {
+    /// Applied or refused, the same on every node.
+    pub outcome: CommandOutcome,
+    /// Name of the node that led and committed it.
+    pub served_by: String,
+}
+
+/// Why there is no outcome.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// Surely not applied, now or later.
+    #[error("not applied: {detail}")]
+    NotApplied {
+        /// HTTP status: 429 (too much waits), 503 (no leader), 507 (disk full).
+        status: u16,
+        /// What kept it from being applied.
+        detail: String,
+        /// When it is worth trying again, seconds.
+        retry_after_s: u64,
+    },
+    /// It may have been applied, or may be yet. The same key tells.
+    #[error("outcome unknown: {detail}")]
+    Unknown {
+        /// What is known.
+        detail: String,
+    },
+}
+
+enum Attempt {
+    Here(oneshot::Receiver<ProposeAnswer>),
+    There(oneshot::Receiver<AttemptEnd>),
+    Over(AttemptEnd),
+}
+
+impl Attempt {
+    async fn end(&mut self) -> AttemptEnd {
+        match self {
+            Attempt::Here(answer) => match answer.await {
+                Ok(answer) => attempt_end(answer),
+                Err(_) => AttemptEnd::Unknown("the proposer has ended".into()),
+            },
+            Attempt::There(end) => {
+                end.await.unwrap_or_else(|_| AttemptEnd::Unknown("the forwarding task has ended".into()))
+            }
+            Attempt::Over(end) => end.clone(),
+        }
+    }
+}
+
+/// Takes a command and follows it to its end or its deadline.
+pub async fn submit(
+    shared: &Shared,
+    op: Operation,
+    key: Option<CommandKey>,
+    body_hash: u128,
+) -> Result<Submitted, SubmitError> {
+    let own_key = || CommandKey { source: KeySource::Node, id: Uuid::now_v7().as_u128() };
+    let window_ms = shared.config.cluster.request_deadline_ms;
+    let deadline = Instant::now() + Duration::from_millis(window_ms);
+    let mut command = Arc::new(Command {
+        key: key.unwrap_or_else(own_key),
+        body_hash,
+        resend_until_ms: 0,
+        created_at_ms: clock::unix_ms(),
+        op,
+    });
+    let not_applied = |status, detail| SubmitError::NotApplied { status, detail, retry_after_s: RETRY_AFTER_S };
+    let place = shared.park.enter(command_bytes(&command)).map_err(|detail| not_applied(429, detail))?;
+    let mut life = Life::new(shared.log_time_ms(), window_ms);
+    let mut view = shared.view.subscribe();
+    let mut asked: Option<LeaderInfo> = None;
+    let mut event = Event::Go;
+    let over = tokio::time::sleep_until(deadline);
+    tokio::pin!(over);
+    loop {
+        let leader = view.borrow_and_update().leader_key();
+        let mut attempt = None;
+        let mut pause = None;
+        match life.next(event, leader, shared.log_time_ms()) {
+            Step::Wait => {}
+            Step::Pause { ms } => pause = Some(Duration::from_millis(ms)),
+            Step::Send { to, resend_until_ms } => {
+                if command.resend_until_ms != resend_until_ms {
+                    Arc::make_mut(&mut command).resend_until_ms = resend_until_ms;
+                }
+                // The rules name the leader of the view that was read above.
+                asked = shared.view.borrow().leader.clone().filter(|l| l.id == to);
+                attempt = Some(send(shared, asked.as_ref(), &command));
+            }
+            Step::Finish(verdict) => {
+                drop(place);
+                return match verdict {
+                    Verdict::Outcome(outcome, _) => {
+                        let served_by = asked.map(|leader| leader.name).unwrap_or_default();
+                        Ok(Submitted { outcome, served_by })
+                    }
+                    Verdict::NotApplied { status, why } => Err(not_applied(status, why)),
+                    Verdict::Unknown { why } => Err(SubmitError::Unknown { detail: why }),
+                };
+            }
+        }
+        event = tokio::select! {
+            biased;
+            end = end_of(attempt.as_mut()), if attempt.is_some() => Event::Ended(end),
+            () = shared.stop.cancelled() => Event::Stopping,
+            () = &mut over => Event::Deadline,
+            () = leader_change(&mut view, leader) => match attempt {
+                Some(_) => Event::LeaderChanged,
+                None => Event::Go,
+            },
+            () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Go,
+        };
+    }
+}
+
+async fn end_of(attempt: Option<&mut Attempt>) -> AttemptEnd {
+    match attempt {
+        Some(attempt) => attempt.end().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn send(shared: &Shared, leader: Option<&LeaderInfo>, command: &Arc<Command>) -> Attempt {
+    match leader {
+        None => Attempt::Over(AttemptEnd::NotSent("the leader has just changed".into())),
+        Some(leader) if leader.here => match shared.core.get() {
+            Some(core) => match core.proposer.propose(Arc::clone(command)) {
+                Ok(answer) => Attempt::Here(answer),
+                Err(answer) => Attempt::Over(attempt_end(answer)),
+            },
+            None => Attempt::Over(AttemptEnd::NotSent("this node is still starting".into())),
+        },
+        Some(leader) => Attempt::There(shared.forwarders.forward(leader.id, &leader.addr, Arc::clone(command))),
+    }
+}

@@ -1,0 +1,153 @@
+//! `<data>/checkpoint`: the newest checkpoint, which Raft calls the current snapshot.
+//!
+//! Folders are named `{number}-{log index}`; the highest number with a valid manifest counts. An
+//! older one stays only while somebody still reads it, and a folder without a manifest was never
+//! finished.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::state::engine::checkpoint::{Checkpoint, FlushHold, MANIFEST};
+use crate::state::engine::lsm::lock;
+use crate::state::engine::{AppliedState, EngineError, folder};
+
+pub(super) struct Shelf {
+    dir: PathBuf,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    newest: Option<Checkpoint>,
+    number_next: u64,
+}
+
+impl Shelf {
+    /// Blocking. Removes what was never finished and what is superseded.
+    pub(super) fn open(data_dir: &Path) -> Result<Shelf, EngineError> {
+        let dir = data_dir.join("checkpoint");
+        let failed = |e| EngineError::io("open", e);
+        folder::create_synced(&dir).map_err(failed)?;
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if let Some(number) = number_of(&entry.file_name().to_string_lossy()) {
+                found.push((number, entry.path()));
+            }
+        }
+        found.sort();
+        let number_next = found.last().map_or(1, |(number, _)| number + 1);
+        let mut newest: Option<Checkpoint> = None;
+        for (_, path) in found.into_iter().rev() {
+            if newest.is_some() || !path.join(MANIFEST).exists() {
+                folder::remove(&path).map_err(failed)?;
+                continue;
+            }
+            match Checkpoint::load(&path) {
+                Ok(checkpoint) => newest = Some(checkpoint),
+                // Left for the operator; the next checkpoint is made from the tree.
+                Err(error) => {
+                    tracing::error!(%error, dir = %path.display(), "a checkpoint is damaged");
+                }
+            }
+        }
+        Ok(Shelf { dir, inner: Mutex::new(Inner { newest, number_next }) })
+    }
+
+    pub(super) fn newest(&self) -> Option<Checkpoint> {
+        lock(&self.inner).newest.clone()
+    }
+
+    /// Blocking. The newest checkpoint if its manifest still reads as it did and its files are
+    /// there; `None` makes Raft ask for a new one.
+    pub(super) fn newest_checked(&self) -> Option<Checkpoint> {
+        let newest = self.newest()?;
+        match Checkpoint::load(newest.dir()) {
+            Ok(read) if read.applied() == newest.applied() && read.files() == newest.files() => Some(newest),
+            Ok(_) => {
+                tracing::error!(dir = %newest.dir().display(), "a checkpoint was changed on disk");
+                None
+            }
+            Err(error) => {
+                tracing::error!(%error, dir = %newest.dir().display(), "a checkpoint is damaged");
+                None
+            }
+        }
+    }
+
+    /// Blocking. Makes a checkpoint of exactly `applied`, whose memtable `hold` has sealed.
+    ///
+    /// With no room on the disk the last checkpoint is answered again: Raft then purges nothing
+    /// and asks later, instead of stopping. The same when a received checkpoint has replaced the
+    /// tree meanwhile: that one reaches further.
+    pub(super) fn build(&self, hold: FlushHold, applied: &AppliedState) -> Result<Checkpoint, EngineError> {
+        let dir = self.next_dir(applied);
+        let engine = hold.engine().clone();
+        let built = engine
+            .wait_flushed_blocking(hold.ticket)
+            .and_then(|()| engine.checkpoint_observed(&dir, move || drop(hold)));
+        match built {
+            Ok(checkpoint) if checkpoint.applied() == applied => Ok(self.put(checkpoint)),
+            Ok(checkpoint) => Err(EngineError::damaged(
+                "checkpoint",
+                format!("it ends with {:?}, not {:?}", checkpoint.applied().log_id, applied.log_id),
+            )),
+            Err(error) => {
+                if let Err(left) = folder::remove(&dir) {
+                    tracing::warn!(error = %left, "an unfinished checkpoint stays until the next start");
+                }
+                match self.newest().filter(|_| error.is_disk_full() || engine.is_retired()) {
+                    Some(last) => {
+                        tracing::warn!(%error, "no checkpoint could be made, the last one stays");
+                        Ok(last)
+                    }
+                    None => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Blocking. Takes over a complete checkpoint: its own (again), one in `kv.incoming` on the
+    /// same disk by renaming it, any other by linking or copying its files.
+    pub(super) fn adopt(&self, checkpoint: Checkpoint) -> Result<Checkpoint, EngineError> {
+        if let Some(newest) = self.newest().filter(|newest| newest.dir() == checkpoint.dir()) {
+            return Ok(newest);
+        }
+        let dir = self.next_dir(checkpoint.applied());
+        let incoming = self.dir.with_file_name("kv.incoming");
+        let adopted = if checkpoint.dir() == incoming {
+            checkpoint.moved_to(&dir)?
+        } else {
+            folder::create_synced(&dir).map_err(|e| EngineError::io("install", e))?;
+            checkpoint.link_into(&dir, true)?;
+            Checkpoint::load(&dir)?
+        };
+        Ok(self.put(adopted))
+    }
+
+    fn next_dir(&self, applied: &AppliedState) -> PathBuf {
+        let mut inner = lock(&self.inner);
+        let number = inner.number_next;
+        inner.number_next += 1;
+        self.dir.join(format!("{number:08}-{}", applied.log_index().unwrap_or(0)))
+    }
+
+    fn put(&self, checkpoint: Checkpoint) -> Checkpoint {
+        let mut inner = lock(&self.inner);
+        // Two builds may end in either order; the one that reaches further stays.
+        if let Some(newer) = &inner.newest
+            && newer.applied().log_id > checkpoint.applied().log_id
+        {
+            checkpoint.supersede();
+            return checkpoint;
+        }
+        if let Some(old) = inner.newest.replace(checkpoint.clone()) {
+            old.supersede();
+        }
+        checkpoint
+    }
+}
+
+fn number_of(name: &str) -> Option<u64> {
+    name.split_once('-')?.0.parse().ok()
+}

@@ -1,0 +1,101 @@
+//! A node whose disk has failed answers reads through the others: three nodes with their HTTP listeners.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use stemedb::{
+    api,
+    config::{Config, PeerEntry},
+    metrics::Metrics,
+    node::{Ground, Node},
+};
+use stemedb_raft::disk::sim::{SimDisk, SyncFault};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::CancellationToken;
+
+/// Far above what any condition needs; only a hang ends the test by this.
+const HANG: Duration = Duration::from_secs(60);
+
+async fn send(addr: SocketAddr, text: &str) -> String {
+    let mut stream = TcpStream::connect(addr).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(HANG, stream.read_to_string(&mut answer)).await.expect("an answer").unwrap();
+    answer
+}
+
+async fn post(addr: SocketAddr, predicate: &str) -> String {
+    let body = format!(r#"{{"concept_path":"a/b","predicate":"{predicate}","value":1}}"#);
+    let head = "POST /v1/assert HTTP/1.1\r\nhost: t\r\nconnection: close\r\ncontent-length";
+    send(addr, &format!("{head}: {}\r\n\r\n{body}", body.len())).await
+}
+
+async fn get(addr: SocketAddr, target: &str) -> String {
+    send(addr, &format!("GET {target} HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n")).await
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(HANG, wait).await.unwrap_or_else(|_| panic!("waited in vain for {what}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut peers = Vec::new();
+    let mut listeners = Vec::new();
+    for i in 1..=3 {
+        let (peer, http) =
+            (TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap());
+        let (addr, http_addr) = (peer.local_addr().unwrap().to_string(), http.local_addr().unwrap().to_string());
+        peers.push(PeerEntry { name: format!("node-{i}"), addr, http: http_addr });
+        listeners.push((peer, http));
+    }
+    let disks: Vec<SimDisk> = (0..3).map(|_| SimDisk::new()).collect();
+    let stop = CancellationToken::new();
+    let (mut nodes, mut addrs) = (Vec::new(), Vec::new());
+    for (i, (peer, http)) in listeners.into_iter().enumerate() {
+        let mut config = Config::default();
+        config.node.name = peers[i].name.clone();
+        config.node.data_dir = dir.path().join(&peers[i].name);
+        config.cluster.peers = peers.clone();
+        config.cluster.bootstrap_expect = 3;
+        config.cluster.heartbeat_ms = 100;
+        config.cluster.election_min_ms = 600;
+        config.cluster.election_max_ms = 1_200;
+        let ground = Ground { peer_listener: Some(peer), disk: disks[i].shared() };
+        let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
+        addrs.push(http.local_addr().unwrap());
+        tokio::spawn(api::serve(http, Arc::clone(&node), stop.clone()));
+        nodes.push(node);
+    }
+    until("readiness", || nodes.iter().all(|n| n.is_ready().is_ok())).await;
+    until("a leader", || nodes.iter().any(|n| n.is_leader_with_quorum())).await;
+    let failed = nodes.iter().position(|n| n.is_leader_with_quorum()).unwrap();
+    disks[failed].fail_next_sync("segment.001.wal", SyncFault::PagesMarkedClean);
+    let before = post(addrs[failed], "before").await;
+    assert!(before.starts_with("HTTP/1.1 201"), "{before}");
+    until("the failure to be known", || nodes[failed].has_failed()).await;
+    // The failed node never sees this one.
+    let after = post(addrs[failed], "after").await;
+    assert!(after.starts_with("HTTP/1.1 201"), "{after}");
+
+    let page = get(addrs[failed], "/v1/query?concept_path=a/b&predicate=after").await;
+    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+    assert!(page.contains("\"predicate\":\"after\""), "{page}");
+    let served_by = format!("\"served_by\":\"{}\"", peers[failed].name);
+    assert!(page.contains("\"served_by\":") && !page.contains(&served_by), "{page}");
+    let missing = get(addrs[failed], "/v1/assertions/00000000-0000-0000-0000-000000000000").await;
+    assert!(missing.starts_with("HTTP/1.1 404") && missing.contains("application/problem+json"), "{missing}");
+    stop.cancel();
+    for node in &nodes {
+        node.shutdown().await;
+    }
+}

@@ -1,0 +1,106 @@
+//! `stemedb serve` where it cannot serve: a clear line in its log, the exit code of the documentation, nothing touched.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use stemedb::cli::local_cluster::{LocalCluster, NodePlan, free_port, plan};
+
+const READY: Duration = Duration::from_secs(60);
+
+fn serve(program: &str, args: &[&str]) -> (i32, String) {
+    let mut command = Command::new(program);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("STEMEDB_") {
+            command.env_remove(name);
+        }
+    }
+    let output = command.args(args).stdin(Stdio::null()).output().unwrap();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn stemedb(config: &Path, set: &[String]) -> (i32, String) {
+    let mut args = vec!["serve", "--config", config.to_str().unwrap()];
+    for each in set {
+        args.extend(["--set", each.as_str()]);
+    }
+    serve(env!("CARGO_BIN_EXE_stemedb"), &args)
+}
+
+/// A prepared cluster of one that does not run yet.
+fn one_node(dir: &Path) -> (LocalCluster, NodePlan) {
+    let nodes = plan(dir, 1, free_port(1).unwrap()).unwrap();
+    let program = env!("CARGO_BIN_EXE_stemedb").into();
+    (LocalCluster::prepare_with(program, nodes.clone()).unwrap(), nodes[0].clone())
+}
+
+#[test]
+fn a_taken_port_is_named_and_the_folder_stays_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_cluster, node) = one_node(dir.path());
+    for (port, key) in [(node.http_port, "http.listen"), (node.peer_port, "cluster.peer_listen")] {
+        let _taken = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let (code, log) = stemedb(&node.config_file(), &[]);
+        assert_eq!(code, 5, "{log}");
+        assert!(log.contains(&format!("{key} 127.0.0.1:{port}: Address already in use")), "{log}");
+    }
+    assert_eq!(std::fs::read_dir(&node.dir).unwrap().count(), 1, "api.toml alone");
+}
+
+#[tokio::test]
+async fn a_folder_in_use_is_refused_and_its_owner_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut cluster, node) = one_node(dir.path());
+    cluster.start_all().unwrap();
+    cluster.wait_ready(READY).await.unwrap();
+    let pid_before = std::fs::read_to_string(node.dir.join("pid")).unwrap();
+    let port = free_port(1).unwrap();
+    let set = [
+        format!("http.listen=127.0.0.1:{port}"),
+        format!("cluster.peer_listen=127.0.0.1:{}", port + 100),
+        "storage.lock_timeout_ms=100".to_owned(),
+    ];
+    let (code, log) = stemedb(&node.config_file(), &set);
+    assert_eq!(code, 5, "{log}");
+    assert!(log.contains("another process uses this data folder"), "{log}");
+    assert_eq!(std::fs::read_to_string(node.dir.join("pid")).unwrap(), pid_before);
+    cluster.wait_ready(READY).await.unwrap();
+    cluster.stop_all().await.unwrap();
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_cluster, node) = one_node(dir.path());
+    // No permission stops root, but even root makes no folder below a file.
+    let below_a_file = node.config_file().join("data");
+    let (code, log) = stemedb(&node.config_file(), &[format!("node.data_dir={}", below_a_file.display())]);
+    assert_eq!(code, 5, "{log}");
+    assert!(log.contains("api.toml/data"), "{log}");
+}
+
+#[test]
+fn an_address_for_strangers_needs_a_word_of_consent() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_cluster, node) = one_node(dir.path());
+    let open = format!("http.listen=0.0.0.0:{}", node.http_port);
+    let (code, log) = stemedb(&node.config_file(), &[open]);
+    assert_eq!(code, 6, "{log}");
+    assert!(log.contains("insecure = true"), "{log}");
+}
+
+#[test]
+fn a_wrong_configuration_names_file_line_and_key_in_both_programs() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("api.toml");
+    std::fs::write(&file, "[wal]\nsegment_size_mb = \"many\"\n").unwrap();
+    let file = file.to_str().unwrap();
+    let stemedb = serve(env!("CARGO_BIN_EXE_stemedb"), &["serve", "--config", file]);
+    let api = serve(env!("CARGO_BIN_EXE_stemedb-api"), &["--config", file]);
+    for (code, said) in [stemedb, api] {
+        assert_eq!(code, 6, "{said}");
+        assert!(said.contains(&format!("{file}:2: wal.segment_size_mb")) && said.contains("accepted:"), "{said}");
+    }
+}

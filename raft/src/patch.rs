@@ -129,11 +129,6 @@ impl Patch {
         Ok(())
     }
 
-    /// Whether there is nothing to write.
-    pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
-    }
-
     /// Writes all, and syncs. After an error nothing is known of the file.
     pub fn write(&self) -> io::Result<()> {
         let mut run: Vec<u8> = Vec::new();

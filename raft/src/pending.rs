@@ -171,7 +171,7 @@ impl PendingLog {
         Some(EntryId { index, term: known.term, payload_crc: Some(known.payload_crc) })
     }
 
-    /// Whether a copy continues the entry before it here; `None` when that one is not known.
+    /// Whether a copy continues the entry before it here; `None` when that one is not known here or there.
     fn continues(&self, copy: &EntryCopy) -> Option<bool> {
         let Some(previous) = copy.index.checked_sub(1) else { return Some(true) };
         let purged = self.looked.hard.purged.filter(|id| id.index() == previous);
@@ -184,7 +184,8 @@ impl PendingLog {
                 None => return None,
             },
         };
-        Some(copy.previous.is_some_and(|there| there.agrees(&here)))
+        // The other log may have lost that one itself.
+        copy.previous.map(|there| there.agrees(&here))
     }
 
     /// What an answer means for a question.
@@ -296,6 +297,16 @@ impl PendingLog {
             voters.extend(membership.voter_ids());
         }
         Ok(Electorate { own, voters })
+    }
+
+    /// Every node that a membership of the log or of the state names, with the newest address of each: whom to ask.
+    pub fn members(&self, applied: &StoredMembership) -> Result<BTreeMap<u64, crate::types::Member>, OpenError> {
+        let mut members: BTreeMap<_, _> = applied.nodes().map(|(id, member)| (*id, member.clone())).collect();
+        let failed = |source| OpenError::Io { operation: "read a membership in", path: self.options.dir.clone(), source };
+        for (_, membership) in self.memberships().map_err(failed)? {
+            members.extend(membership.nodes().map(|(id, member)| (*id, member.clone())));
+        }
+        Ok(members)
     }
 
     /// Memberships that the log has, those of fetched entries included, oldest first.

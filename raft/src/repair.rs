@@ -62,7 +62,7 @@ pub struct EntryCopy {
     pub kind: u8,
     /// Its payload.
     pub payload: Bytes,
-    /// The entry before it in the answering log; `None` at the log's beginning.
+    /// The entry before it in the answering log; `None` at the log's beginning, or when that one is lost there.
     pub previous: Option<EntryId>,
     /// The answering log has the question's anchor.
     pub has_anchor: bool,

@@ -34,6 +34,7 @@ pub mod process;
 pub mod proposer;
 mod read;
 mod read_index;
+mod repair;
 mod rpc_server;
 mod start;
 pub mod status;

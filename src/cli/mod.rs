@@ -23,6 +23,7 @@ pub mod dev;
 pub mod drill;
 pub mod drill_load;
 mod drill_report;
+pub mod faulty_disk;
 pub mod http_client;
 pub mod import;
 pub mod import_check;

@@ -103,6 +103,11 @@ impl FaultyDisk {
         &self.device
     }
 
+    /// Process id of the helper.
+    pub fn pid(&self) -> u32 {
+        self.talk.lock().unwrap_or_else(PoisonError::into_inner).child.id()
+    }
+
     /// Why the kernel's calls of fsync cannot be noted here, if so.
     pub fn unwatched(&self) -> Option<&str> {
         self.unwatched.as_deref()

@@ -23,6 +23,13 @@ pub const PROGRAM: &str = "stemedb-faulty-disk";
 /// How it is built.
 pub const HOW_TO_BUILD: &str = "cargo build --release --features faulty-disk";
 
+/// Microseconds of CLOCK_MONOTONIC: the clock of the disk's log and of the kernel's tracepoints.
+pub fn now_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or(0) * 1_000_000 + nanos.unwrap_or(0) / 1000
+}
+
 /// A running faulty disk with a mounted file system.
 pub struct FaultyDisk {
     talk: Mutex<Talk>,

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use fuser::{Errno, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::fs::FallocateFlags;
-use rustix::time::{ClockId, clock_gettime};
+use stemedb::cli::faulty_disk::now_us;
 use stemedb::cli::faulty_disk::wire::{Action, Counts, Failure, Held, IoLine, IoResult, Kind, Rule, overlaps};
 
 /// The image, the faults and the log.
@@ -74,13 +74,6 @@ impl Operation {
             Work::Free(_, reply) | Work::Sync(reply) => reply.error(errno),
         }
     }
-}
-
-/// Microseconds of CLOCK_MONOTONIC, the clock of the kernel's tracepoints and of whoever reads the log.
-pub fn now_us() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
-    seconds.unwrap_or(0) * 1_000_000 + nanos.unwrap_or(0) / 1000
 }
 
 fn errno_of(failure: Failure) -> Errno {

@@ -18,9 +18,10 @@ use fuser::{BackgroundSession, Config, MountOption};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde::{Deserialize, Serialize};
+use stemedb::cli::faulty_disk::now_us;
 use stemedb::cli::output;
 
-use crate::disk::{Disk, now_us};
+use crate::disk::Disk;
 use crate::files::{Files, IMAGE};
 
 /// Notes of running programs.

@@ -67,9 +67,10 @@ impl Watch {
 fn device_number(device: &str) -> io::Result<u64> {
     let name = device.rsplit('/').next().unwrap_or_default();
     let text = fs::read_to_string(Path::new("/sys/block").join(name).join("dev"))?;
-    let parts = text.trim().split_once(':').and_then(|(major, minor)| {
-        Some((major.parse::<u64>().ok()?, minor.parse::<u64>().ok()?))
-    });
+    let parts = text
+        .trim()
+        .split_once(':')
+        .and_then(|(major, minor)| Some((major.parse::<u64>().ok()?, minor.parse::<u64>().ok()?)));
     let (major, minor) = parts.ok_or_else(|| io::Error::other(format!("{device} has the number {text:?}")))?;
     Ok(major << 20 | minor)
 }
@@ -89,8 +90,9 @@ fn parse(text: &str) -> Vec<SyncCall> {
         let (Some(at_us), Some(ino)) = (at_us, field("ino").and_then(|ino| ino.parse().ok())) else { continue };
         if event.starts_with("enter") {
             open.insert((thread, ino), calls.len());
-            calls.push(SyncCall { at_us, ino, result: None });
+            calls.push(SyncCall { at_us, end_us: None, ino, result: None });
         } else if let Some(call) = open.remove(&(thread, ino)).and_then(|at| calls.get_mut(at)) {
+            call.end_us = Some(at_us);
             call.result = field("ret").and_then(|result| result.parse().ok());
         }
     }
@@ -109,10 +111,13 @@ mod tests {
             \x20  tokio rt-42      [000] .....   12.000400: ext4_sync_file_enter: dev 7,0 ino 13 parent 2 datasync 0 \n\
             \x20  wal-writer-41      [001] .....   12.100345: ext4_sync_file_exit: dev 7,0 ino 12 ret -5\n\
             \x20  wal-writer-41      [001] .....   12.200000: ext4_sync_file_enter: dev 7,0 ino 12 parent 2 datasync 1 \n";
-        let call = |at_us, ino, result| SyncCall { at_us, ino, result };
-        assert_eq!(
-            parse(text),
-            [call(12_000_345, 12, Some(-5)), call(12_000_400, 13, None), call(12_200_000, 12, None)]
-        );
+        let call = |at_us, ino, end: Option<(u64, i32)>| SyncCall {
+            at_us,
+            end_us: end.map(|(at_us, _)| at_us),
+            ino,
+            result: end.map(|(_, result)| result),
+        };
+        let ended = call(12_000_345, 12, Some((12_100_345, -5)));
+        assert_eq!(parse(text), [ended, call(12_000_400, 13, None), call(12_200_000, 12, None)]);
     }
 }

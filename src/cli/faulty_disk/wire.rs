@@ -133,6 +133,8 @@ pub struct Counts {
 pub struct SyncCall {
     /// Beginning, microseconds of CLOCK_MONOTONIC.
     pub at_us: u64,
+    /// End, on the same clock; `None` while it has not ended.
+    pub end_us: Option<u64>,
     /// The file's inode.
     pub ino: u64,
     /// What it returned, 0 or a negative errno; `None` while it has not.
@@ -227,7 +229,8 @@ mod tests {
             let line = IoLine { at_us: 7, kind: Kind::Write, offset: 4096, bytes: 512, result };
             assert_eq!(IoLine::parse(&line.text()), Some(line));
         }
-        for broken in ["", "7 write 4096", "7 write 4096 512", "x write 1 2 ok", "7 write 1 2 ok more", "7 write 1 2 errno="]
+        for broken in
+            ["", "7 write 4096", "7 write 4096 512", "x write 1 2 ok", "7 write 1 2 ok more", "7 write 1 2 errno="]
         {
             assert_eq!(IoLine::parse(broken), None, "{broken}");
         }
@@ -247,7 +250,8 @@ mod tests {
     fn commands_are_plain_json() {
         let text = r#"{"do":"add","rule":{"on":["write"],"ranges":[[0,4096]],"action":{"fail":"EIO"},"times":1}}"#;
         let read: Command = serde_json::from_str(text).expect("a command");
-        let rule = Rule { on: vec![Kind::Write], ranges: vec![(0, 4096)], action: Action::Fail(Failure::Eio), times: Some(1) };
+        let rule =
+            Rule { on: vec![Kind::Write], ranges: vec![(0, 4096)], action: Action::Fail(Failure::Eio), times: Some(1) };
         assert_eq!(read, Command::Add { rule });
         let hang: Rule = serde_json::from_str(r#"{"on":["sync"],"action":"hang"}"#).expect("a rule");
         assert_eq!((hang.action, hang.times), (Action::Hang, None));

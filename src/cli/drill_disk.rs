@@ -246,13 +246,14 @@ async fn lay(disk: &FaultyDisk, folder: &Path, load: &Load, kind: DrillKind) -> 
     }
 }
 
-/// The files of the log, the prepared one too: it becomes the next segment.
+/// The segments of the log. Not the spare one: its failure would be no event before it is used.
 fn segments(disk: &FaultyDisk, wal: &Path) -> Result<Vec<Segment>, CliError> {
     let fail = |error: std::io::Error| CliError::Local(format!("{}: {error}", wal.display()));
     let mut segments = Vec::new();
     for entry in std::fs::read_dir(wal).map_err(fail)? {
         let path = entry.map_err(fail)?.path();
-        let is_segment = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("segment."));
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let is_segment = name.starts_with("segment.") && name.ends_with(".wal");
         // Renamed or removed meanwhile: the fault is laid anew if nothing meets it.
         let Ok(ino) = std::fs::metadata(&path).map(|metadata| metadata.ino()) else { continue };
         if is_segment && let Ok(ranges) = disk.ranges_of(&path) {

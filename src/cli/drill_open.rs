@@ -12,8 +12,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::drill_load::{Load, OneClient};
 
-/// Clients at most, each with one request: below the 1,024 connections that a node takes, for each of three.
-const CLIENTS_MAX: u32 = 2_400;
+/// Clients at most, each with one request. Each may be connected to every node, which takes 1,024 connections.
+const CLIENTS_MAX: u32 = 900;
 
 /// How often arrivals are let go; those of one tick go together.
 const TICK: Duration = Duration::from_millis(1);

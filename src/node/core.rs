@@ -17,7 +17,7 @@ use stemedb_raft::{
     types::{StoredMembership, TypeConfig},
 };
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
@@ -136,7 +136,8 @@ impl Core {
 /// An assignment that waits for the forming task, and the way back.
 pub type AssignRequest = (Assignment, oneshot::Sender<Result<(), String>>);
 
-/// Shared by all parts of a node.
+/// One incarnation of a node: a log, a state and a Raft core, with the tasks around them. Shared by all
+/// its parts. A process has one at a time, and another one only after a rebuild (`process`).
 pub struct Shared {
     /// The configuration.
     pub config: Arc<Config>,
@@ -146,10 +147,10 @@ pub struct Shared {
     pub local: Arc<ArcSwap<LocalIdentity>>,
     /// The identity, once there is one.
     pub identity: ArcSwap<Option<Identity>>,
-    /// The log.
-    pub wal: WalHandle,
-    /// Whether the log had entries or a vote of an election when it was opened.
-    pub log_was_used: bool,
+    /// The log, once it is open.
+    pub wal: OnceLock<WalHandle>,
+    /// Whether the log had entries or a vote of an election when it was opened. Set before `wal`.
+    pub log_was_used: AtomicBool,
     /// Boot counts of the others.
     pub boots: SeenBoots,
     /// Outgoing connections.
@@ -172,8 +173,16 @@ pub struct Shared {
     pub caught_up: watch::Sender<bool>,
     /// Set when this node is about to stop: it takes no leadership any more.
     pub leaving: AtomicBool,
-    /// Cancelled when the node stops.
+    /// Cancelled when this incarnation ends, with its process or because the next one has taken over.
     pub stop: CancellationToken,
+    /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
+    pub core_stop: CancellationToken,
+    /// Why the core was ended on purpose, once that is so.
+    pub retired: OnceLock<String>,
+    /// The requests of clients that this incarnation has taken and not yet answered.
+    pub requests: TaskTracker,
+    /// Ends once no file of the state is touched any more; there while the core lives.
+    pub state_gone: Mutex<Option<oneshot::Receiver<()>>>,
     /// The node's tasks, and why it cannot go on at all, once that is so.
     pub vital: Vital,
     /// Set once.
@@ -181,6 +190,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// The log, once it is open.
+    pub fn wal(&self) -> Option<&WalHandle> {
+        self.wal.get()
+    }
+
     /// This node's name.
     pub fn name(&self) -> &str {
         &self.config.node.name
@@ -188,12 +202,15 @@ impl Shared {
 
     /// Whether the log holds entries, or this node voted: then it is or was a working member.
     pub fn log_is_used(&self) -> bool {
-        self.log_was_used || self.wal.last_log_id().is_some()
+        self.log_was_used.load(Ordering::Relaxed) || self.wal().is_some_and(|wal| wal.last_log_id().is_some())
     }
 
     /// Why nothing may be acknowledged by this node, if so.
     pub fn silenced(&self) -> Option<String> {
-        if let Some(latched) = self.wal.latched() {
+        if let Some(why) = self.retired.get() {
+            return Some(why.clone());
+        }
+        if let Some(latched) = self.wal().and_then(WalHandle::latched) {
             return Some(latched.to_string());
         }
         if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 use openraft::{RaftMetrics, ServerState};
 use serde::Serialize;
 use stemedb_net::Lane;
-use stemedb_raft::types::{Member, TypeConfig};
+use stemedb_raft::{
+    WalHandle,
+    types::{Member, TypeConfig},
+};
 
 use super::{
     core::{Core, Role, Shared},
@@ -126,8 +129,8 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         role: view.role.word().to_owned(),
         term: view.term,
         leader: view.leader.map(|l| l.id),
-        last_log_index: shared.wal.last_log_id().map(|id| id.index),
-        purged_log_index: shared.wal.purged().map(|id| id.index),
+        last_log_index: shared.wal().and_then(WalHandle::last_log_id).map(|id| id.index),
+        purged_log_index: shared.wal().and_then(WalHandle::purged).map(|id| id.index),
         applied_log_index: shared.core.get().and_then(|core| core.published().applied_log_index),
         disk: shared.disk.borrow().clone(),
         version: VERSION.into(),
@@ -142,7 +145,10 @@ fn own_replication(shared: &Shared, core: &Core) -> Option<BTreeMap<u64, Lag>> {
     let lag = |matched: &Option<_>| {
         let matched: &Option<stemedb_raft::types::LogId> = matched;
         let missing_from = matched.map_or(0, |id| id.index + 1);
-        Lag { entries: end.saturating_sub(missing_from), bytes: shared.wal.bytes_from(missing_from) }
+        Lag {
+            entries: end.saturating_sub(missing_from),
+            bytes: shared.wal().map_or(0, |wal| wal.bytes_from(missing_from)),
+        }
     };
     Some(metrics.replication?.iter().map(|(id, matched)| (*id, lag(matched))).collect())
 }

@@ -50,15 +50,15 @@ impl Upkeep {
 
 /// Runs until the node stops or Raft ends.
 pub async fn run(shared: Arc<Shared>) {
-    let Some(core) = shared.core.get() else { return };
+    let (Some(core), Some(wal)) = (shared.core.get(), shared.wal()) else { return };
     let retain_bytes = shared.config.wal.retain_mb.saturating_mul(1024 * 1024);
     let mut upkeep = Upkeep::default();
     loop {
         tokio::select! {
-            () = shared.stop.cancelled() => return,
+            () = shared.core_stop.cancelled() => return,
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
-        if upkeep.next(shared.wal.bytes_since_purge(), retain_bytes) == Todo::Nothing {
+        if upkeep.next(wal.bytes_since_purge(), retain_bytes) == Todo::Nothing {
             continue;
         }
         let before: Option<LogId> = core.raft.metrics().borrow_watched().snapshot;
@@ -67,12 +67,12 @@ pub async fn run(shared: Arc<Shared>) {
         }
         let wait = core.raft.wait(Some(CHECKPOINT_MAX));
         let taken = tokio::select! {
-            () = shared.stop.cancelled() => return,
+            () = shared.core_stop.cancelled() => return,
             taken = wait.metrics(|m| m.snapshot > before, "a newer checkpoint") => taken,
         };
         match taken {
             Ok(metrics) => {
-                tracing::info!(covers = ?metrics.snapshot, log_bytes = shared.wal.bytes_since_purge(), "checkpoint taken");
+                tracing::info!(covers = ?metrics.snapshot, log_bytes = wal.bytes_since_purge(), "checkpoint taken");
                 if let Some(upto) = before
                     && core.raft.trigger().purge_log(upto.index).await.is_err()
                 {
@@ -84,7 +84,7 @@ pub async fn run(shared: Arc<Shared>) {
             }
             Err(WaitError::ShuttingDown) => return,
         }
-        upkeep.done(shared.wal.bytes_since_purge());
+        upkeep.done(wal.bytes_since_purge());
     }
 }
 

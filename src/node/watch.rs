@@ -36,6 +36,11 @@ pub async fn watch_cluster(shared: Arc<Shared>) {
     if shared.stop.is_cancelled() {
         return;
     }
+    if let Some(why) = shared.retired.get() {
+        tracing::info!("Raft has ended on this node, which goes on as a proxy: {why}");
+        go_on_as_proxy(&shared).await;
+        return;
+    }
     let why = match (core.raft_metrics().running_state, shared.silenced()) {
         (_, Some(why)) => why,
         (Err(Fatal::StorageError(error)), None) => error.to_string(),
@@ -52,14 +57,15 @@ pub async fn watch_cluster(shared: Arc<Shared>) {
 
 /// Marks the disk as failed the moment the log's writer stops: Raft notices a little later.
 pub async fn watch_log(shared: Arc<Shared>) {
-    let mut latched = shared.wal.watch_latched();
+    let Some(wal) = shared.wal() else { return };
+    let mut latched = wal.watch_latched();
     let stopped = async {
         match latched.wait_for(Option::is_some).await {
             Ok(why) => why.as_ref().map(ToString::to_string),
             Err(_) => None,
         }
     };
-    if let Some(Some(why)) = shared.stop.run_until_cancelled(stopped).await {
+    if let Some(Some(why)) = shared.core_stop.run_until_cancelled(stopped).await {
         tracing::error!("WAL write error, nothing is acknowledged from now on: {why}");
         shared.disk.send_replace(DiskHealth::failed(why));
     }

@@ -141,6 +141,7 @@ impl Inner {
         let error = Arc::new(error);
         if self.failed.set(Arc::clone(&error)).is_ok() {
             tracing::error!(%error, dir = %self.dir.display(), "the store is latched");
+            self.options.latches.send_modify(|n| *n = n.wrapping_add(1));
         }
         self.wake_all();
         Arc::clone(self.failed.get().unwrap_or(&error))

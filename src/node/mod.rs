@@ -34,6 +34,7 @@ pub mod proposer;
 mod read;
 mod read_index;
 mod rpc_server;
+mod scrub;
 mod start;
 pub mod status;
 mod submit;

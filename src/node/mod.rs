@@ -33,6 +33,7 @@ mod peers;
 pub mod proposer;
 mod read;
 mod read_index;
+pub mod rebuild_from_wal;
 mod rpc_server;
 mod scrub;
 mod start;

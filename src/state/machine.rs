@@ -227,6 +227,14 @@ impl<A: EntryApplier> StateMachine<A> {
         StateHandle { shared: Arc::clone(&self.shared) }
     }
 
+    /// Blocking. Writes everything applied to the disk. Between entries, as every call of a machine.
+    pub fn seal_blocking(&mut self) -> Result<(), EngineError> {
+        let keys = self.applier.save_keys()?;
+        let ticket = self.engine.rotate(&self.applied, &keys)?;
+        self.publish();
+        self.engine.wait_flushed_blocking(ticket)
+    }
+
     fn publish(&self) {
         self.engine.publish();
         let state = PublishedState {

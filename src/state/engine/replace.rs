@@ -136,6 +136,15 @@ pub fn adopt_built(
     complete(data_dir, now_unix_ms, fail_point)
 }
 
+/// Blocking. Makes `<data_dir>/kv` with a tree of this checkpoint, which was verified. The folder must
+/// not hold one.
+pub fn make_tree(data_dir: &Path, checkpoint: &Checkpoint) -> Result<(), EngineError> {
+    let kv = data_dir.join("kv");
+    folder::create_synced(&kv).map_err(|e| EngineError::io("install", e))?;
+    checkpoint.link_into(&kv.join("g1"), false)?;
+    point_to(&kv, 1).map_err(|e| EngineError::io("install", e))
+}
+
 fn complete(data_dir: &Path, now_unix_ms: u64, fail_point: &Option<FailPoint>) -> Result<Option<PathBuf>, EngineError> {
     let failed = |e| EngineError::io("install", e);
     step(fail_point, "replace.pointed").map_err(failed)?;

@@ -137,6 +137,8 @@ pub struct StorageSection {
     pub memtable_mb: u64,
     /// Block cache, MiB.
     pub cache_mb: u64,
+    /// Rate of the scrubber, MiB per second; 0: off.
+    pub scrub_mb_per_s: u64,
 }
 
 /// `[backup]`
@@ -271,6 +273,7 @@ impl Default for StorageSection {
             compaction_interval_hours: 24,
             memtable_mb: 16,
             cache_mb: 32,
+            scrub_mb_per_s: 10,
         }
     }
 }

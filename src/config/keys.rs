@@ -282,6 +282,12 @@ pub static KEYS: &[Key] = &[
         number(|c| &mut c.storage.cache_mb, 1, 1024 * 1024, "MiB"),
         "Cache of blocks read from the tree's files.",
     ),
+    key(
+        "storage",
+        "scrub_mb_per_s",
+        number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
+        "How fast everything on the disk is read again once a day and compared with its hash; 0 turns it off.",
+    ),
     not_yet(
         key(
             "backup",

@@ -421,6 +421,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
+    vital.spawn("the task that scrubs", super::scrub::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
     Ok(())
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     codec,
-    disk::{Disk, read_all},
+    disk::{Disk, read_all, read_all_uncached},
     types::{LogId, Vote},
 };
 
@@ -102,7 +102,8 @@ impl HardState {
                 Err(e) => return Err(e),
             };
             // A copy that cannot be read is a lost copy; the other one decides.
-            let found = match read_all(&*file) {
+            // Past the page cache: after a sync that failed it shows a vote that the device never got.
+            let found = match read_all_uncached(&*file) {
                 Ok(bytes) => Self::decode(&bytes),
                 Err(error) => {
                     tracing::warn!(%error, name, "a copy of the hard state cannot be read");

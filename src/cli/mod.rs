@@ -21,8 +21,14 @@
 pub mod bench;
 pub mod dev;
 pub mod drill;
+mod drill_disk;
+mod drill_disk_report;
+mod drill_kill;
 pub mod drill_load;
+mod drill_open;
 mod drill_report;
+mod drill_watch;
+pub mod faulty_disk;
 pub mod http_client;
 pub mod import;
 pub mod import_check;

@@ -9,11 +9,11 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use openraft::{Raft, RaftMetrics, async_runtime::WatchReceiver};
 use stemedb_net::LocalIdentity;
 use stemedb_raft::{
-    WalHandle,
+    EntrySource, WalHandle,
     types::{StoredMembership, TypeConfig},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -150,6 +150,10 @@ pub struct Shared {
     pub identity: ArcSwap<Option<Identity>>,
     /// The log, once it is open.
     pub wal: OnceLock<WalHandle>,
+    /// Answers questions about entries while the log is not open yet.
+    pub entry_source: ArcSwapOption<EntrySource>,
+    /// What the log waits for while it is being repaired.
+    pub repairing: watch::Sender<Option<String>>,
     /// Whether the log had entries or a vote of an election when it was opened. Set before `wal`.
     pub log_was_used: AtomicBool,
     /// Boot counts of the others.

@@ -35,6 +35,7 @@ pub mod process;
 pub mod proposer;
 mod read;
 mod read_index;
+mod repair;
 pub mod room;
 mod room_watch;
 mod rpc_server;

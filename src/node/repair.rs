@@ -176,9 +176,8 @@ async fn ask_all(
     members: &BTreeMap<u64, Member>,
 ) -> (Vec<(u64, u64, EntryAnswer)>, Vec<String>) {
     let others = members.iter().filter(|(id, _)| Some(**id) != own);
-    let asked = others.map(|(id, member)| async move {
-        (*id, member, ask(shared, *id, &member.peer_addr, questions).await)
-    });
+    let asked =
+        others.map(|(id, member)| async move { (*id, member, ask(shared, *id, &member.peer_addr, questions).await) });
     let (mut answers, mut silent) = (Vec::new(), Vec::new());
     for (id, member, (said, why)) in join_all(asked).await {
         answers.extend(said.into_iter().map(|(index, answer)| (id, index, answer)));

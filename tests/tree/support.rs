@@ -174,4 +174,3 @@ pub fn file_of(error: &EngineError) -> Option<&Path> {
         EngineError::Io { .. } => None,
     }
 }
-

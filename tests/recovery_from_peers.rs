@@ -211,11 +211,14 @@ async fn all_4096_combinations_are_recovered_or_halted_honestly() {
         let recoverable = !(0..ENTRIES).any(lost);
         let nodes = settle(&sims);
         let mut all_ready = true;
-        let waiting: Vec<String> = nodes.iter().map(|node| match node {
-            Node::Asks(pending) => format!("{:?}", pending.questions()),
-            Node::Ready(_) => "ready".to_owned(),
-            Node::Lost(why) => why.clone(),
-        }).collect();
+        let waiting: Vec<String> = nodes
+            .iter()
+            .map(|node| match node {
+                Node::Asks(pending) => format!("{:?}", pending.questions()),
+                Node::Ready(_) => "ready".to_owned(),
+                Node::Lost(why) => why.clone(),
+            })
+            .collect();
         for node in nodes {
             match node {
                 Node::Ready(store) => {

@@ -170,7 +170,9 @@ fn write_places(looked: &mut Looked, places: &[Place<'_>]) -> io::Result<()> {
     let mut patches: BTreeMap<usize, Patch> = BTreeMap::new();
     for place in places {
         let log = &looked.log;
-        let (Some(segment), Some(detail)) = (log.segments.get(place.owner), log.details.get(place.owner)) else { continue };
+        let (Some(segment), Some(detail)) = (log.segments.get(place.owner), log.details.get(place.owner)) else {
+            continue;
+        };
         let patch = match patches.entry(place.owner) {
             std::collections::btree_map::Entry::Occupied(patch) => patch.into_mut(),
             std::collections::btree_map::Entry::Vacant(new) => {
@@ -229,8 +231,6 @@ fn write_places(looked: &mut Looked, places: &[Place<'_>]) -> io::Result<()> {
                 found.header_crc = Some(link);
             }
             last.stale.clear();
-            // It is full of what was missing: the log goes on in a new one.
-            last.scan.tail_clean = false;
         }
     }
     Ok(())

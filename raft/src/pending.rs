@@ -72,16 +72,7 @@ pub(crate) fn begin(disk: Arc<dyn Disk>, options: WalOptions) -> Result<Step, Op
         return done(open::finish(&*disk, &options.dir, lock, looked, end));
     }
     let source = EntrySource::pending(&looked.log, looked.hard.purged);
-    Ok(Step::Ask(Box::new(PendingLog {
-        disk,
-        options,
-        lock,
-        looked,
-        needs,
-        damage,
-        fetched: BTreeMap::new(),
-        source,
-    })))
+    Ok(Step::Ask(Box::new(PendingLog { disk, options, lock, looked, needs, damage, fetched: BTreeMap::new(), source })))
 }
 
 fn done(opened: Result<Opened, Trouble>) -> Result<Step, OpenError> {
@@ -203,7 +194,11 @@ impl PendingLog {
         }
         match (question.term, question.payload_crc) {
             (Some(term), Some(crc)) => {
-                return if (term, crc) == (copy.term, payload_crc(&copy.payload)) { vote(Proof::Same) } else { Vote::Never };
+                return if (term, crc) == (copy.term, payload_crc(&copy.payload)) {
+                    vote(Proof::Same)
+                } else {
+                    Vote::Never
+                };
             }
             (Some(term), None) if term != copy.term => return Vote::Never,
             _ => {}
@@ -286,7 +281,8 @@ impl PendingLog {
         let mut voters: std::collections::BTreeSet<u64> = applied.membership().voter_ids().collect();
         let applied_at = applied.log_id().map(|id| id.index());
         let first = self.needs.first().copied().unwrap_or(u64::MAX);
-        let failed = |source| OpenError::Io { operation: "read a membership in", path: self.options.dir.clone(), source };
+        let failed =
+            |source| OpenError::Io { operation: "read a membership in", path: self.options.dir.clone(), source };
         for (id, membership) in self.memberships().map_err(failed)? {
             if applied_at.is_some_and(|at| id.index() <= at) {
                 continue;
@@ -302,7 +298,8 @@ impl PendingLog {
     /// Every node that a membership of the log or of the state names, with the newest address of each: whom to ask.
     pub fn members(&self, applied: &StoredMembership) -> Result<BTreeMap<u64, crate::types::Member>, OpenError> {
         let mut members: BTreeMap<_, _> = applied.nodes().map(|(id, member)| (*id, member.clone())).collect();
-        let failed = |source| OpenError::Io { operation: "read a membership in", path: self.options.dir.clone(), source };
+        let failed =
+            |source| OpenError::Io { operation: "read a membership in", path: self.options.dir.clone(), source };
         for (_, membership) in self.memberships().map_err(failed)? {
             members.extend(membership.nodes().map(|(id, member)| (*id, member.clone())));
         }
@@ -440,7 +437,10 @@ impl PendingLog {
     fn alone(self) -> Result<Step, OpenError> {
         let first = self.needs.first().copied().unwrap_or_default();
         if self.looked.log.cut_by_tool().is_some_and(|from| first >= from) {
-            tracing::warn!(index = first, "the log goes on where the repair tool cut it: a single voter has nobody to ask");
+            tracing::warn!(
+                index = first,
+                "the log goes on where the repair tool cut it: a single voter has nobody to ask"
+            );
             return self.apply_cut_by_tool(first);
         }
         Err(self.refusal())
@@ -471,9 +471,9 @@ fn repair_command(options: &WalOptions, looked: &Looked, bad: &Bad) -> String {
     let path = options.dir.join(&name);
     let index = bad.found.index;
     let previous_end = index.checked_sub(1).and_then(|previous| looked.log.located(previous));
-    let offset = bad.found.offset.or(previous_end.filter(|(s, _)| s.number == bad.segment).map(|(_, located)| {
-        u64::from(located.offset) + crate::frame::frame_bytes(located.payload_bytes)
-    }));
+    let offset = bad.found.offset.or(previous_end
+        .filter(|(s, _)| s.number == bad.segment)
+        .map(|(_, located)| u64::from(located.offset) + crate::frame::frame_bytes(located.payload_bytes)));
     let at = offset.map(|at| format!(" --truncate-at {at}")).unwrap_or_default();
     let durable = if index < looked.log.durable_end { " --lose-durable-entries" } else { "" };
     format!("stemedb-wal-repair --segment {0} --output {0}.cut{at}{durable}", path.display())

@@ -46,7 +46,8 @@ pub struct EntryId {
 impl EntryId {
     /// Whether both name one entry, as far as both know.
     pub fn agrees(&self, other: &Self) -> bool {
-        let same_payload = self.payload_crc.is_none() || other.payload_crc.is_none() || self.payload_crc == other.payload_crc;
+        let same_payload =
+            self.payload_crc.is_none() || other.payload_crc.is_none() || self.payload_crc == other.payload_crc;
         self.index == other.index && self.term == other.term && same_payload
     }
 }
@@ -222,7 +223,9 @@ pub fn resolve(case: Case, votes: &[Vote], others: usize) -> Resolution {
         // If what was lost is committed, a voter has it, and no voter has one of a later term in its place.
         let voters = votes.get(..others).unwrap_or_default();
         let all_told = others > 0 && voters.iter().all(|v| matches!(v, Vote::Copy { .. } | Vote::Never));
-        if let Some((at, ..)) = fitting().filter(|(at, ..)| *at < others && all_told).max_by_key(|(_, _, term, _)| *term) {
+        if let Some((at, ..)) =
+            fitting().filter(|(at, ..)| *at < others && all_told).max_by_key(|(_, _, term, _)| *term)
+        {
             return Resolution::Take(at);
         }
     }

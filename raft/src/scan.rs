@@ -2,8 +2,8 @@
 
 use crate::{
     frame::{
-        CUT_OFFSETS, CutRecord, EntryKind, FRAME_ALIGN, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, Invalid, MARK_OFFSETS, Mark, ROW_BYTES,
-        ROWS_OFFSET, Row, SegmentHeader, data_offset, frame_bytes, payload_crc,
+        CUT_OFFSETS, CutRecord, EntryKind, FRAME_ALIGN, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, Invalid,
+        MARK_OFFSETS, Mark, ROW_BYTES, ROWS_OFFSET, Row, SegmentHeader, data_offset, frame_bytes, payload_crc,
     },
     index::Located,
     recovery::{FrameFound, RowFound},

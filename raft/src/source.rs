@@ -49,7 +49,11 @@ struct Pending {
 enum Here {
     Purged,
     Beyond,
-    Entry { kind: EntryKind, term: u64, payload: Bytes },
+    Entry {
+        kind: EntryKind,
+        term: u64,
+        payload: Bytes,
+    },
     Damaged(Option<Known>),
     /// It could not be read just now.
     Unreadable,

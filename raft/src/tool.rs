@@ -125,7 +125,8 @@ impl Segment {
             whole(Some(self.bytes.len() as u64), format!("the file ends {} bytes early", self.scan.short_by));
         }
         if let Some(CutRecord { from, end }) = self.scan.cut {
-            let what = format!("cut from index {from} by the repair tool; {} entries were there", end.saturating_sub(from));
+            let what =
+                format!("cut from index {from} by the repair tool; {} entries were there", end.saturating_sub(from));
             whole(None, what);
         }
         let durable_end = self.durable_end();
@@ -160,7 +161,8 @@ impl Segment {
         let tail = if self.scan.tail_clean { "clean" } else { "damaged" };
         let cut = self.scan.cut.map(|cut| format!(" cut={}", cut.from)).unwrap_or_default();
         let first = self.scan.header.first_index;
-        let mut text = format!("{name} first={first} frames={frames} durable={} tail={tail}{cut}\n", self.durable_end());
+        let mut text =
+            format!("{name} first={first} frames={frames} durable={} tail={tail}{cut}\n", self.durable_end());
         for found in &self.scan.entries {
             let line = match (found.located, found.known) {
                 (Some(located), known) => {
@@ -168,7 +170,9 @@ impl Segment {
                     let shown = show(known.and_then(|k| k.kind), payload);
                     format!("{}:{}:{shown}", found.index, located.term)
                 }
-                (None, Some(known)) => format!("{}:{}:<damaged, {} bytes>", found.index, known.term, known.payload_bytes),
+                (None, Some(known)) => {
+                    format!("{}:{}:<damaged, {} bytes>", found.index, known.term, known.payload_bytes)
+                }
                 (None, None) => format!("{}:?:<damaged>", found.index),
             };
             let _infallible = writeln!(text, "{line}");
@@ -215,7 +219,8 @@ impl Segment {
                     if durable > 0 { " --lose-durable-entries" } else { "" },
                 );
                 if durable > 0 {
-                    let _infallible = writeln!(text, "{durable} of them were durable: acknowledged writes may be lost.");
+                    let _infallible =
+                        writeln!(text, "{durable} of them were durable: acknowledged writes may be lost.");
                 }
             }
         }
@@ -242,7 +247,8 @@ impl Segment {
                 _ => format!("no entry begins at byte {at}: the last frame ends at byte {}", self.scan.end_offset),
             });
         };
-        let record = CutRecord { from: (*from).min(self.scan.cut.map_or(u64::MAX, |cut| cut.from)), end: self.end_of_traces() };
+        let record =
+            CutRecord { from: (*from).min(self.scan.cut.map_or(u64::MAX, |cut| cut.from)), end: self.end_of_traces() };
         let durable_end = self.durable_end();
         if *from < durable_end && !lose_durable {
             return refuse(format!(
@@ -355,7 +361,8 @@ fn repair_inner(request: &RepairRequest) -> Result<String, ToolError> {
     };
     let (bytes, record) = segment.cut(at, request.lose_durable_entries)?;
     // `create_new` refuses a file that exists, the input among them.
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).open(output).map_err(io_error("create", output))?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).open(output).map_err(io_error("create", output))?;
     file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io_error("write", output))?;
     let dir = output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     RealDisk.sync_dir(dir).map_err(io_error("sync", dir))?;
@@ -363,7 +370,8 @@ fn repair_inner(request: &RepairRequest) -> Result<String, ToolError> {
     let durable = segment.durable_end().min(record.end).saturating_sub(record.from);
     let mut text = format!("{}: cut from index {}, byte {at}\n", output.display(), record.from);
     let last = record.end.saturating_sub(1);
-    let _infallible = writeln!(text, "lost: {lost} entries, {} to {last}, of which {durable} were durable", record.from);
+    let _infallible =
+        writeln!(text, "lost: {lost} entries, {} to {last}, of which {durable} were durable", record.from);
     text.push_str(
         "Put it in the place of the input, keep the input. A node with peers fetches what is missing from them before it \
          votes, or is rebuilt; a single node goes on without it.\n",

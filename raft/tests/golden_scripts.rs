@@ -5,7 +5,7 @@
 //! files: `zero frame N`, `flip frame N`, `zero row N`, `flip row N`, `zero header 1|2 of SEGMENT`,
 //! `zero marks of SEGMENT` (what is durable is then known from the frames alone: the last group counts
 //! as unsynced), `remove segment N`, `empty segment N`, `flip void SEGMENT N` (a frame that a
-//! truncation voided), `flip unused SEGMENT` (zeros behind its last frame), `foreign NAME`, `remove hard-state 1|2`, `empty hard-state 1|2`.
+//! truncation voided), `flip unused SEGMENT` (zeros behind its last frame), `flip unused row SEGMENT`, `foreign NAME`, `remove hard-state 1|2`, `empty hard-state 1|2`.
 //! `unreadable frame N` makes its blocks unreadable; `cut at N` is the repair tool, durable entries included.
 //! `peers N` gives the log N peers that receive every `append` from there on, `peers 0` takes none of them away but lets
 //! them miss what follows; `purge peers UPTO`. With peers the end of the story is that of a node that asks them.
@@ -168,6 +168,11 @@ impl Story {
                 let found = scan.entries.iter().find(|e| e.index == number(index)).unwrap();
                 self.damage(number(segment), found.offset.unwrap() as usize, 80, "flip");
             }
+            ["flip", "unused", "row", segment] => {
+                let scan = scan_segment(&self.read(number(segment))).unwrap();
+                let at = ROWS_OFFSET as usize + (scan.entries.len() + 1) * ROW_BYTES;
+                self.damage(number(segment), at, ROW_BYTES, "flip");
+            }
             ["flip", "unused", segment] => {
                 let scan = scan_segment(&self.read(number(segment))).unwrap();
                 self.damage(number(segment), scan.end_offset as usize + 1000, 1, "flip");
@@ -240,10 +245,12 @@ impl Story {
             let read = stemedb_raft::tool::Segment { path, bytes, unreadable: vec![], scan, next_first: None };
             return read.dump();
         }
-        if !self.peers.is_empty()
-            && let common::Found::Waits(pending) = common::begin(&self.sim)
-        {
-            return self.asked(pending);
+        if !self.peers.is_empty() {
+            match common::begin(&self.sim) {
+                common::Found::Waits(pending) => return self.asked(pending),
+                common::Found::Ready(store, report) => return opened(store, &report),
+                common::Found::Lost(why) | common::Found::Refused(why) => return format!("rebuild {why}\n"),
+            }
         }
         let (store, report) = match WalStore::open(self.sim.shared(), options(&dir())) {
             Ok(opened) => opened,

@@ -152,9 +152,8 @@ async fn a_single_voter_is_told_the_exact_command_and_goes_on_after_it() {
     let Found::Waits(pending) = begin(dir.path()) else { panic!("the damage was not noticed") };
     let Found::Refused(why) = ask_once(pending, 1, &[1], &[]) else { panic!("a single voter has nobody to ask") };
     let input = segment.display().to_string();
-    let command = format!(
-        "stemedb-wal-repair --segment {input} --output {input}.cut --truncate-at {at} --lose-durable-entries"
-    );
+    let command =
+        format!("stemedb-wal-repair --segment {input} --output {input}.cut --truncate-at {at} --lose-durable-entries");
     assert!(why.contains(&command) && why.contains("Entry 4 and all behind it"), "{why}");
     let words: Vec<&str> = command.split(' ').skip(1).collect();
     assert_eq!(repair(&words).0, 0);

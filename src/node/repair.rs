@@ -129,6 +129,7 @@ impl Asking {
         let Asking { mut pending, applied, listed } = self;
         let own = own_id(shared);
         let mut said: Option<(String, tokio::time::Instant)> = None;
+        shared.repairing.send_replace(Some("the other nodes are being asked for damaged entries".into()));
         loop {
             let (asked, members, electorate) = blocking({
                 let applied = applied.clone();
@@ -140,8 +141,9 @@ impl Asking {
             })
             .await??;
             pending = asked;
-            let members = with_listed(shared, members, &listed).await;
-            let (answers, silent) = ask_all(shared, &pending.questions(), own, &members).await;
+            let (members, unknown) = with_listed(shared, members, &listed).await;
+            let (answers, mut silent) = ask_all(shared, &pending.questions(), own, &members).await;
+            silent.extend(unknown);
             let waits_for = waits_for(&pending, &silent, &electorate);
             let step = blocking(move || pending.resolve(&answers, &electorate)).await??;
             pending = match step {
@@ -165,24 +167,29 @@ impl Asking {
     }
 }
 
-/// The members, and the listed nodes that the log does not know (any more), under the ids that they say they have.
+/// The members, and the listed nodes that the log does not know (any more), under the ids that they say they have; also
+/// which of these did not say.
 async fn with_listed(
     shared: &Shared,
     mut members: BTreeMap<u64, Member>,
     listed: &[PeerEntry],
-) -> BTreeMap<u64, Member> {
-    let unknown = listed.iter().filter(|peer| {
-        peer.name != shared.name() && !members.values().any(|member| member.name == peer.name)
-    });
+) -> (BTreeMap<u64, Member>, Vec<String>) {
+    let unknown = listed
+        .iter()
+        .filter(|peer| peer.name != shared.name() && !members.values().any(|member| member.name == peer.name));
     let cluster = shared.local.load().cluster_id;
     let probed = unknown.map(|peer| async move { (peer, formation::probe(shared, &peer.addr).await) });
+    let mut silent = Vec::new();
     for (peer, answer) in join_all(probed).await {
-        let Ok(ProbeAnswer::Member { name, cluster_id, raft_id }) = answer else { continue };
-        if cluster_id == cluster {
-            members.insert(raft_id, Member { name, peer_addr: peer.addr.clone(), http_addr: peer.http.clone() });
+        match answer {
+            Ok(ProbeAnswer::Member { name, cluster_id, raft_id }) if cluster_id == cluster => {
+                members.insert(raft_id, Member { name, peer_addr: peer.addr.clone(), http_addr: peer.http.clone() });
+            }
+            Ok(_) => silent.push(format!("{} (it is no member of this cluster)", peer.name)),
+            Err(why) => silent.push(format!("{} ({why})", peer.name)),
         }
     }
-    members
+    (members, silent)
 }
 
 fn waits_for(pending: &PendingLog, silent: &[String], electorate: &Electorate) -> String {
@@ -207,9 +214,8 @@ async fn ask_all(
     members: &BTreeMap<u64, Member>,
 ) -> (Vec<(u64, u64, EntryAnswer)>, Vec<String>) {
     let others = members.iter().filter(|(id, _)| Some(**id) != own);
-    let asked = others.map(|(id, member)| async move {
-        (*id, member, ask(shared, *id, &member.peer_addr, questions).await)
-    });
+    let asked =
+        others.map(|(id, member)| async move { (*id, member, ask(shared, *id, &member.peer_addr, questions).await) });
     let (mut answers, mut silent) = (Vec::new(), Vec::new());
     for (id, member, (said, why)) in join_all(asked).await {
         answers.extend(said.into_iter().map(|(index, answer)| (id, index, answer)));

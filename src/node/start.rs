@@ -190,12 +190,7 @@ async fn bring_up(
     assigned: mpsc::Receiver<AssignRequest>,
 ) -> Result<(), StartError> {
     let own_position = process.peers.iter().position(|peer| peer.name == process.config.node.name);
-    let ready = Ready {
-        shared: Arc::clone(shared),
-        peers: process.peers.clone(),
-        own_position,
-        assigned,
-    };
+    let ready = Ready { shared: Arc::clone(shared), peers: process.peers.clone(), own_position, assigned };
     match repair::begin(process, shared).await? {
         Begun::Open(log) => go_on(ready, log).await,
         Begun::Asks(asking) => {

@@ -109,7 +109,8 @@ impl RealFile {
         use std::os::fd::AsRawFd;
         // By its descriptor, because a segment may be renamed while it is open.
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
-        let direct = File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?);
+        let direct =
+            File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?);
         let mut memory = vec![0; DIRECT_BYTES + DIRECT_ALIGN];
         let shift = memory.as_ptr().align_offset(DIRECT_ALIGN);
         let aligned = memory.get_mut(shift..shift + DIRECT_BYTES).ok_or(io::ErrorKind::InvalidInput)?;

@@ -54,7 +54,8 @@ impl SimInode {
     /// Blocks written in full are good again; a part of one cannot be written without reading the rest.
     fn check_writable(&mut self, start: usize, len: usize, name: &str) -> io::Result<()> {
         let end = start + len;
-        let touched: Vec<usize> = self.unreadable.range(start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).copied().collect();
+        let touched: Vec<usize> =
+            self.unreadable.range(start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).copied().collect();
         for block in touched {
             if start > block * BLOCK_BYTES || end < (block + 1) * BLOCK_BYTES {
                 return Err(io::Error::other(format!("Input/output error writing {name}")));

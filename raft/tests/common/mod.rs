@@ -151,7 +151,6 @@ pub fn real_disk() -> Arc<dyn Disk> {
     stemedb_raft::disk::RealDisk::new()
 }
 
-
 pub enum Found {
     Ready(WalStore, stemedb_raft::RecoveryReport),
     Waits(stemedb_raft::PendingLog),
@@ -203,7 +202,8 @@ pub fn settle(sims: &[SimDisk]) -> Vec<Found> {
     loop {
         let mut moved = false;
         for at in 0..nodes.len() {
-            let sources: Vec<_> = (1..).zip(nodes.iter().map(Found::source)).filter(|(id, _)| *id != at as u64 + 1).collect();
+            let sources: Vec<_> =
+                (1..).zip(nodes.iter().map(Found::source)).filter(|(id, _)| *id != at as u64 + 1).collect();
             if !matches!(nodes[at], Found::Waits(_)) {
                 continue;
             }

@@ -231,8 +231,6 @@ fn write_places(looked: &mut Looked, places: &[Place<'_>]) -> io::Result<()> {
                 found.header_crc = Some(link);
             }
             last.stale.clear();
-            // It is full of what was missing: the log goes on in a new one.
-            last.scan.tail_clean = false;
         }
     }
     Ok(())

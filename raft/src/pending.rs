@@ -443,17 +443,21 @@ impl PendingLog {
             );
             return self.apply_cut_by_tool(first);
         }
-        let Some(bad) = self.looked.log.bad(first) else {
-            return Err(self.into_error());
-        };
+        Err(self.refusal())
+    }
+
+    /// The refusal of a node that has nobody to ask, with the command that gives the damaged entries up.
+    pub fn refusal(&self) -> OpenError {
+        let first = self.needs.first().copied().unwrap_or_default();
+        let what = self.damage.first().map(ToString::to_string).unwrap_or_default();
+        let Some(bad) = self.looked.log.bad(first) else { return OpenError::Refuse(what) };
         let name = crate::index::segment_name(bad.segment);
         let command = repair_command(&self.options, &self.looked, bad);
-        let what = self.damage.first().map(ToString::to_string).unwrap_or_default();
-        Err(OpenError::Refuse(format!(
+        OpenError::Refuse(format!(
             "{what}. This is the only voter, so nobody can give it back. Entry {first} and all behind it will be lost, and \
              some of them may have been acknowledged. To give them up: {command}; then put the output in the place of \
              {name} (keep the old file), and start again"
-        )))
+        ))
     }
 
     fn apply_cut_by_tool(self, end: u64) -> Result<Step, OpenError> {

@@ -11,6 +11,7 @@
 //! holes; a group never straddles segments; a mark promises only what was synced; nothing at or
 //! below the highest promise is ever cut. `docs/wal-format.md` has the bytes and the table.
 
+pub mod clock;
 pub mod codec;
 pub mod disk;
 pub mod entry;
@@ -19,10 +20,12 @@ pub mod frame;
 pub mod group;
 pub mod hard_state;
 pub mod index;
+pub mod io_times;
 pub mod open;
 pub mod options;
 pub mod reader;
 pub mod recovery;
+pub mod repair;
 pub mod scan;
 pub mod segment;
 pub mod shared;

@@ -10,6 +10,8 @@
 //! another file never pass. Integers are little-endian. What must survive the loss of one block
 //! without help from a peer (header, marks) is there twice, in different blocks.
 
+use serde::{Deserialize, Serialize};
+
 use crate::types::LogId;
 
 /// Version of the bytes described here. A segment of a newer one is refused.
@@ -120,7 +122,7 @@ pub struct Row {
 }
 
 /// What an entry is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EntryKind {
     /// No payload: a new leader's first entry.
     Blank,
@@ -413,4 +415,31 @@ pub fn log_id(term: u64, index: u64) -> LogId {
 /// The term of a log id.
 pub fn term_of(id: &LogId) -> u64 {
     id.committed_leader_id().term
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rewritten_frame_keeps_its_place_in_the_chain() {
+        let mut header = FrameHeader {
+            kind: EntryKind::Normal,
+            payload_bytes: 5,
+            previous_crc: 7,
+            term: 2,
+            index: 40,
+            synced_end: 40,
+            committed_end: 39,
+            payload_crc: 11,
+        };
+        for (identity, checksum) in [(1, 0), (77, u32::MAX), (u64::MAX, 0xdead_beef), (3, 1)] {
+            header.index += 1;
+            let bytes = header.encode_continued_by(identity, checksum);
+            assert_eq!(FrameHeader::decode(&bytes, identity), Ok((header, checksum)));
+        }
+        // Nothing is chosen where nothing was forgotten.
+        let (bytes, checksum) = header.encode(9);
+        assert_eq!(header.encode_continued_by(9, checksum), bytes);
+    }
 }

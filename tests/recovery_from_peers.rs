@@ -99,6 +99,7 @@ fn ask(questions: Vec<EntryQuestion>, source: &EntrySource, bytes: &mut usize) -
     unpack::<EntryAnswers>(&reply).unwrap().answers
 }
 
+#[allow(clippy::large_enum_variant)]
 enum Node {
     Ready(WalStore),
     Asks(PendingLog),

@@ -22,7 +22,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
     freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
-    proposer::Surroundings, read_index::Rounds, submit_rules::Leader, vital::Vital,
+    proposer::Surroundings, read_index::Rounds, room::Admission, space_watch::SpaceWatch, submit_rules::Leader,
+    vital::Vital,
 };
 use crate::{
     clock,
@@ -173,6 +174,10 @@ pub struct Shared {
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
     pub disk: watch::Sender<DiskHealth>,
+    /// How much room there is in the data folder.
+    pub space: SpaceWatch,
+    /// What this node, when it leads, takes from clients.
+    pub admission: watch::Sender<Arc<Admission>>,
     /// Whether the state has caught up with what was committed when the node started.
     pub caught_up: watch::Sender<bool>,
     /// Set when this node is about to stop: it takes no leadership any more.
@@ -220,7 +225,7 @@ impl Shared {
         if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {
             return Some(error.to_string());
         }
-        self.disk.borrow().reason.clone()
+        self.disk.borrow().silences().map(str::to_owned)
     }
 
     /// Why this node must not take leadership over, if so.
@@ -252,6 +257,10 @@ impl Surroundings for Shared {
 
     fn silenced(&self) -> Option<String> {
         Shared::silenced(self)
+    }
+
+    fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.admission.borrow())
     }
 
     fn entry_proposed(&self, commands: usize) {

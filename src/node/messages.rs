@@ -13,7 +13,10 @@ use stemedb_raft::{
     codec::{self, CodecError},
 };
 
-use super::disk::DiskHealth;
+use super::{
+    disk::DiskHealth,
+    space::{RoomReport, Shortage},
+};
 use crate::state::command::{Command, CommandOutcome};
 
 /// Format of all bodies.
@@ -106,6 +109,8 @@ pub enum ProposeAnswer {
     Impossible(String),
     /// It may have been appended.
     Unknown(String),
+    /// Disks are full; nothing was appended.
+    Full(Vec<Shortage>),
 }
 
 /// Answer to `Kind::ReadIndex`.
@@ -140,6 +145,8 @@ pub struct StatusReply {
     pub version: String,
     /// On a leader: for each member, how much of its log that member has not acknowledged.
     pub replication: Option<BTreeMap<u64, Lag>>,
+    /// How much room its data folder has.
+    pub room: RoomReport,
 }
 
 /// How far a member's log is behind the leader's.

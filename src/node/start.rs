@@ -41,6 +41,9 @@ use super::{
     read,
     read_index::{self, Rounds},
     repair::{self, Begun},
+    room_watch,
+    space::{RealSpace, SpaceProbe},
+    space_watch::SpaceWatch,
     transport::Network,
     upkeep, watch as watcher,
 };
@@ -129,16 +132,22 @@ pub struct Ground {
     pub peer_listener: Option<TcpListener>,
     /// Where the log lies. The state is always in files.
     pub disk: Arc<dyn Disk>,
+    /// Who says how much room there is.
+    pub space: Arc<dyn SpaceProbe>,
 }
 
 impl Default for Ground {
     fn default() -> Ground {
-        Ground { peer_listener: None, disk: RealDisk::new() }
+        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace) }
     }
 }
 
 /// Makes the data folder and takes it for this process.
-pub async fn take_folder(config: &Config, metrics: &Metrics) -> Result<FolderLock, StartError> {
+pub async fn take_folder(
+    config: &Arc<Config>,
+    metrics: &Arc<Metrics>,
+    probe: Arc<dyn SpaceProbe>,
+) -> Result<(FolderLock, SpaceWatch), StartError> {
     let data_dir = config.node.data_dir.clone();
     let path = data_dir.clone();
     tokio::fs::create_dir_all(&data_dir).await.map_err(|source| StartError::Io {
@@ -150,7 +159,10 @@ pub async fn take_folder(config: &Config, metrics: &Metrics) -> Result<FolderLoc
     let began = tokio::time::Instant::now();
     let lock = identity::lock_folder(&data_dir, config.storage.lock_timeout_ms).await?;
     metrics.lock_waited(began.elapsed());
-    Ok(lock)
+    // Before anything is written, so that a node without any room has some from its ballast.
+    let (config, metrics) = (Arc::clone(config), Arc::clone(metrics));
+    let space = blocking(move || SpaceWatch::begin(config, metrics, probe)).await?;
+    Ok((lock, space))
 }
 
 /// The configured list of nodes.
@@ -175,6 +187,7 @@ pub async fn incarnate(process: &Arc<Process>, early: impl FnOnce(&Arc<Shared>))
     let (assignments, assigned) = mpsc::channel(1);
     let shared = make_shared(process, own, assignments);
     early(&shared);
+    shared.vital.spawn("the task that follows the free space", room_watch::follow_own(Arc::clone(&shared)));
     let brought_up = bring_up(process, &shared, assigned).await;
     if let Err(error) = brought_up {
         shared.stop.cancel();
@@ -309,6 +322,8 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         view: watch::Sender::default(),
         freshness: Default::default(),
         disk: watch::Sender::default(),
+        space: process.space.clone(),
+        admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
         leaving: AtomicBool::new(false),
         core_stop: stop.child_token(),
@@ -414,8 +429,10 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     }
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
-    vital.spawn("the task that watches the log", watcher::watch_log(Arc::clone(&shared)));
+    vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
+    vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
+    vital.spawn("the task that scrubs", super::scrub::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
     Ok(())
 }
@@ -433,6 +450,7 @@ fn machine_options(shared: &Shared, wal: WalHandle) -> MachineOptions {
             Box::pin(async move { wal.wait_flushed(log_index).await.map_err(|e| e.to_string()) })
         })),
         observer: Arc::<Metrics>::clone(&shared.metrics),
+        ..LsmOptions::default()
     };
     MachineOptions { data_dir: shared.config.node.data_dir.clone(), lsm }
 }

@@ -143,6 +143,7 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         disk: shared.disk.borrow().clone(),
         version: VERSION.into(),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),
+        room: shared.space.report().borrow().clone(),
     }
 }
 

@@ -165,6 +165,9 @@ impl PendingLog {
     /// Whether a copy continues the entry before it here; `None` when that one is not known here or there.
     fn continues(&self, copy: &EntryCopy) -> Option<bool> {
         let Some(previous) = copy.index.checked_sub(1) else { return Some(true) };
+        if copy.committed && previous < self.looked.log.committed_end {
+            return Some(true);
+        }
         let purged = self.looked.hard.purged.filter(|id| id.index() == previous);
         let here = match purged {
             Some(id) => EntryId { index: previous, term: term_of(&id), payload_crc: None },
@@ -202,6 +205,10 @@ impl PendingLog {
             }
             (Some(term), None) if term != copy.term => return Vote::Never,
             _ => {}
+        }
+        // Of each index only one entry is ever committed.
+        if copy.committed && copy.index < self.looked.log.committed_end {
+            return vote(Proof::Same);
         }
         if self.is_linked(copy) {
             return vote(Proof::Same);

@@ -165,7 +165,8 @@ pub enum Proof {
     /// It continues the entry before it; nothing is known of the entry itself, nor of any behind it.
     Continues,
     /// Term, index and payload checksum are the row's or the header's; or the checksum that the next frame carries on
-    /// is that of its header; or the entry before it and one behind it are in both logs.
+    /// is that of its header; or the entry before it and one behind it are in both logs; or both logs know that the entry
+    /// at this index is committed.
     Same,
 }
 

@@ -55,7 +55,8 @@ pub(crate) fn writer_gone() -> Latched {
     Latched { operation: "reach the writer of", file: "the log".into(), error: "its thread has ended".into() }
 }
 
-/// What opening a log came to.
+/// What opening a log came to. Made once for each start: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 pub enum OpenStep {
     /// The log is whole and its writer runs.
     Ready(WalStore, RecoveryReport),

@@ -159,6 +159,7 @@ pub fn real_disk() -> Arc<dyn Disk> {
     stemedb_raft::disk::RealDisk::new()
 }
 
+#[allow(clippy::large_enum_variant)]
 pub enum Found {
     Ready(WalStore, stemedb_raft::RecoveryReport),
     Waits(stemedb_raft::PendingLog),

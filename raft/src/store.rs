@@ -219,7 +219,7 @@ impl WalHandle {
     /// Flushes, marks and ends the writer, and gives the folder back. Blocks for as long as that takes.
     pub fn close(&self) -> Result<(), Latched> {
         let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(thread) = thread else { return Ok(()) };
+        let Some(thread) = thread else { return self.latched().map_or(Ok(()), Err) };
         // A writer that waits for room would keep this waiting too.
         self.inner.shared.spare.hurry();
         let (reply, mut answer) = oneshot::channel();

@@ -28,7 +28,7 @@ fn path(segment: u64) -> PathBuf {
 }
 
 fn text(index: u64) -> String {
-    format!("entry {index} {}", "y".repeat(12_000 + index as usize))
+    format!("entry {index} {}", "y".repeat(10_000 + index as usize))
 }
 
 fn copy_of(index: u64) -> EntryCopy {

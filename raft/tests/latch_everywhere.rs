@@ -92,7 +92,7 @@ async fn all_fails(store: &mut WalStore) {
     assert!(store.truncate_after(None).await.is_err());
     assert!(store.purge(log_id(2, 13)).await.is_err());
     assert!(store.handle().repair_header(1).await.is_err());
-    assert!(store.handle().wait_flushed(next).await.is_err());
+    assert!(store.handle().wait_flushed(next + 100).await.is_err());
     let handle = store.handle();
     assert!(tokio::task::spawn_blocking(move || handle.close()).await.unwrap().is_err());
 }
@@ -180,43 +180,29 @@ async fn a_failure_of_the_preparing_thread_latches_at_once() {
         while !store.handle().room().spare_ready {
             tokio::task::yield_now().await;
         }
-        // Rolls into the spare; the next one is prepared by itself, and nobody asks for it.
-        append(&mut store, entries(1, 0..3)).await.unwrap();
-        let name = if kind == Kind::Sync { "segment.spare" } else { "spare" };
-        let syncs = sim.operations().len();
-        let mut writing = store.clone();
-        // The new segment's own header is written and synced under the spare's name: only the one behind it is meant.
-        sim.fail_next(Kind::Create, name, EIO);
-        if kind != Kind::Create {
-            sim.heal();
-            append(&mut writing, entries(1, 3..6)).await.unwrap();
-            // Between the roll and the preparing there is no moment to plant this: so the disk is held up there.
-            drop(writing);
-            continue_with(&sim, &mut store, kind).await;
-        } else {
-            let _either = append(&mut writing, entries(1, 3..6)).await;
+        // The header of the next segment is written and synced under the spare's name too: only the spare behind it
+        // is meant, so its making is held up until the roll is over.
+        match kind {
+            Kind::Create | Kind::Reserve => sim.fail_next(kind, "segment.spare", EIO),
+            _ => sim.hang(Kind::Reserve, "segment.spare"),
         }
+        append(&mut store, entries(1, 0..3)).await.unwrap();
+        if ![Kind::Create, Kind::Reserve].contains(&kind) {
+            while sim.hung() == 0 {
+                tokio::task::yield_now().await;
+            }
+            sim.fail_next(kind, "segment.spare", EIO);
+            sim.release();
+        }
+        // Nobody asks for the spare, and nothing else happens.
         let latched = until_latched(&store).await;
         assert_eq!(latched.file, "segment.spare", "{kind:?}: {latched}");
-        assert_eq!(told.0.lock().unwrap().len(), 1);
-        assert!(sim.operations().len() > syncs);
+        while told.0.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
         all_fails(&mut store).await;
+        assert_eq!(told.0.lock().unwrap().len(), 1);
     }
-}
-
-/// Rolls again while the making of the next spare is held up, plants the failure there, and lets go.
-async fn continue_with(sim: &SimDisk, store: &mut WalStore, kind: Kind) {
-    while !store.handle().room().spare_ready {
-        tokio::task::yield_now().await;
-    }
-    sim.hang(Kind::Create, "segment.spare");
-    append(store, entries(1, 6..9)).await.unwrap();
-    append(store, entries(1, 9..10)).await.unwrap();
-    while sim.hung() == 0 {
-        tokio::task::yield_now().await;
-    }
-    sim.fail_next(kind, "segment.spare", EIO);
-    sim.release();
 }
 
 /// A disk under which the thread that prepares segments panics once it is armed.

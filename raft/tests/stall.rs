@@ -94,18 +94,17 @@ async fn every_kind_of_operation_is_seen_while_it_hangs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn preparing_a_segment_is_seen_as_something_nobody_waits_for() {
     let sim = SimDisk::new();
-    sim.hang(Kind::Write, "nothing yet");
     let io_times = Arc::new(IoTimes::default());
     let options = WalOptions { io_times: Arc::clone(&io_times), ..options(Path::new("/wal")) };
     let (mut store, _) = WalStore::open(sim.shared(), options).unwrap();
     until("a spare", || store.handle().room().spare_ready.then_some(())).await;
     sim.hang(Kind::Reserve, "segment.spare");
-    append(&mut store, (0..6).map(|i| entry(1, i, &"x".repeat(15_000))).collect()).await.unwrap();
+    append(&mut store, (0..3).map(|i| entry(1, i, &"x".repeat(15_000))).collect()).await.unwrap();
     until("the hang", || (sim.hung() == 1).then_some(())).await;
     let io = store.handle().io_in_flight().unwrap();
     assert_eq!((io.operation, io.file.as_str(), io.background), ("reserve", "segment.spare", true));
     // The log goes on, and another part of the process is seen before it.
-    append(&mut store, vec![entry(1, 6, "x")]).await.unwrap();
+    append(&mut store, vec![entry(1, 3, "x")]).await.unwrap();
     {
         let _flush = guard(&io_times, "sync", "v7");
         assert_eq!(store.handle().io_in_flight().unwrap().file, "v7");

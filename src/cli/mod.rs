@@ -21,8 +21,14 @@
 pub mod bench;
 pub mod dev;
 pub mod drill;
+mod drill_disk;
+mod drill_disk_report;
+mod drill_kill;
 pub mod drill_load;
+mod drill_open;
 mod drill_report;
+mod drill_watch;
+pub mod faulty_disk;
 pub mod http_client;
 pub mod import;
 pub mod import_check;
@@ -34,6 +40,7 @@ pub mod output;
 pub mod serve;
 pub mod status;
 mod stdin_watch;
+pub mod wal;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -129,6 +136,9 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Break a throw-away cluster under load and check that nothing was lost
     Drill(drill::DrillArgs),
+    /// Verify, dump or cut single segments of a log, without a server
+    #[command(subcommand)]
+    Wal(wal::WalCommand),
 }
 
 /// Arguments of `serve`.
@@ -210,6 +220,8 @@ fn run(command: Command) -> ExitCode {
             Command::ImportCheck(args) => import_check::run(&args).await,
             Command::Bench(args) => bench::run(&args).await,
             Command::Drill(args) => drill::run(&args).await,
+            // With exit codes of its own, as the runbooks have them.
+            Command::Wal(command) => return Ok(wal::run(command)),
         }
         .map(|()| ExitCode::SUCCESS)
     });

@@ -122,7 +122,7 @@ impl CheckpointInbox {
         let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;
         let snapshot = SnapshotOf::<TypeConfig, Checkpoint> { meta: transfer.meta, snapshot: checkpoint };
         let response = core.raft.install_full_snapshot(transfer.vote, snapshot).await.map_err(failed)?;
-        tracing::info!(last_log = ?shared.wal.last_log_id(), "checkpoint installed");
+        tracing::info!(last_log = ?shared.wal().and_then(stemedb_raft::WalHandle::last_log_id), "checkpoint installed");
         pack(&response).map_err(failed)
     }
 }

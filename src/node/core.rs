@@ -9,20 +9,21 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use openraft::{Raft, RaftMetrics, async_runtime::WatchReceiver};
 use stemedb_net::LocalIdentity;
 use stemedb_raft::{
-    WalHandle,
+    EntrySource, WalHandle,
     types::{StoredMembership, TypeConfig},
 };
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
     freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
-    proposer::Surroundings, read_index::Rounds, submit_rules::Leader, vital::Vital,
+    proposer::Surroundings, read_index::Rounds, room::Admission, space_watch::SpaceWatch, submit_rules::Leader,
+    vital::Vital,
 };
 use crate::{
     clock,
@@ -136,7 +137,8 @@ impl Core {
 /// An assignment that waits for the forming task, and the way back.
 pub type AssignRequest = (Assignment, oneshot::Sender<Result<(), String>>);
 
-/// Shared by all parts of a node.
+/// One incarnation of a node: a log, a state and a Raft core, with the tasks around them. Shared by all
+/// its parts. A process has one at a time, and another one only after a rebuild (`process`).
 pub struct Shared {
     /// The configuration.
     pub config: Arc<Config>,
@@ -146,10 +148,14 @@ pub struct Shared {
     pub local: Arc<ArcSwap<LocalIdentity>>,
     /// The identity, once there is one.
     pub identity: ArcSwap<Option<Identity>>,
-    /// The log.
-    pub wal: WalHandle,
-    /// Whether the log had entries or a vote of an election when it was opened.
-    pub log_was_used: bool,
+    /// The log, once it is open.
+    pub wal: OnceLock<WalHandle>,
+    /// Answers questions about entries while the log is not open yet.
+    pub entry_source: ArcSwapOption<EntrySource>,
+    /// What the log waits for while it is being repaired.
+    pub repairing: watch::Sender<Option<String>>,
+    /// Whether the log had entries or a vote of an election when it was opened. Set before `wal`.
+    pub log_was_used: AtomicBool,
     /// Boot counts of the others.
     pub boots: SeenBoots,
     /// Outgoing connections.
@@ -168,12 +174,24 @@ pub struct Shared {
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
     pub disk: watch::Sender<DiskHealth>,
+    /// How much room there is in the data folder.
+    pub space: SpaceWatch,
+    /// What this node, when it leads, takes from clients.
+    pub admission: watch::Sender<Arc<Admission>>,
     /// Whether the state has caught up with what was committed when the node started.
     pub caught_up: watch::Sender<bool>,
     /// Set when this node is about to stop: it takes no leadership any more.
     pub leaving: AtomicBool,
-    /// Cancelled when the node stops.
+    /// Cancelled when this incarnation ends, with its process or because the next one has taken over.
     pub stop: CancellationToken,
+    /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
+    pub core_stop: CancellationToken,
+    /// Why the core was ended on purpose, once that is so.
+    pub retired: OnceLock<String>,
+    /// The requests of clients that this incarnation has taken and not yet answered.
+    pub requests: TaskTracker,
+    /// Ends once no file of the state is touched any more; there while the core lives.
+    pub state_gone: Mutex<Option<oneshot::Receiver<()>>>,
     /// The node's tasks, and why it cannot go on at all, once that is so.
     pub vital: Vital,
     /// Set once.
@@ -181,6 +199,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// The log, once it is open.
+    pub fn wal(&self) -> Option<&WalHandle> {
+        self.wal.get()
+    }
+
     /// This node's name.
     pub fn name(&self) -> &str {
         &self.config.node.name
@@ -188,18 +211,21 @@ impl Shared {
 
     /// Whether the log holds entries, or this node voted: then it is or was a working member.
     pub fn log_is_used(&self) -> bool {
-        self.log_was_used || self.wal.last_log_id().is_some()
+        self.log_was_used.load(Ordering::Relaxed) || self.wal().is_some_and(|wal| wal.last_log_id().is_some())
     }
 
     /// Why nothing may be acknowledged by this node, if so.
     pub fn silenced(&self) -> Option<String> {
-        if let Some(latched) = self.wal.latched() {
+        if let Some(why) = self.retired.get() {
+            return Some(why.clone());
+        }
+        if let Some(latched) = self.wal().and_then(WalHandle::latched) {
             return Some(latched.to_string());
         }
         if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {
             return Some(error.to_string());
         }
-        self.disk.borrow().reason.clone()
+        self.disk.borrow().silences().map(str::to_owned)
     }
 
     /// Why this node must not take leadership over, if so.
@@ -231,6 +257,10 @@ impl Surroundings for Shared {
 
     fn silenced(&self) -> Option<String> {
         Shared::silenced(self)
+    }
+
+    fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.admission.borrow())
     }
 
     fn entry_proposed(&self, commands: usize) {

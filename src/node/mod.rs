@@ -7,12 +7,13 @@
 //!  peer port ─► admit (cluster, target, boot count) ─► Raft, proposer, rounds, checkpoints
 //! ```
 //!
-//! `start` brings it up, `formation` gives it a place in a cluster, `watch` keeps its view of the
+//! `process` lives from start to end and holds the incarnation of the moment; `start` brings one up, `formation` gives it a place in a cluster, `watch` keeps its view of the
 //! cluster, `upkeep` takes checkpoints. Decisions are pure functions (`bootstrap`, `submit_rules`,
 //! `identity::standing`, `log_time`, `freshness`, `upkeep::Upkeep`); the files around them only do
 //! what those say.
 
 pub mod applier;
+pub mod ballast;
 pub mod boots;
 pub mod bootstrap;
 mod checkpoint_receive;
@@ -30,12 +31,18 @@ pub mod log_time;
 pub mod messages;
 pub mod park;
 mod peers;
+pub mod process;
 pub mod proposer;
 mod read;
 mod read_index;
 pub mod rebuild_from_wal;
+mod repair;
+pub mod room;
+mod room_watch;
 mod rpc_server;
 mod scrub;
+pub mod space;
+pub mod space_watch;
 mod start;
 pub mod status;
 mod submit;
@@ -45,14 +52,9 @@ pub mod upkeep;
 pub mod vital;
 mod watch;
 
-use std::{
-    sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
-};
+use std::sync::{Arc, Weak};
 
-use tokio::sync::oneshot;
-
-use self::{core::Shared, identity::FolderLock};
+use self::{core::Shared, process::Process};
 use crate::{
     config::Config,
     metrics::{Metrics, RaftFigures, TreeFigures},
@@ -61,20 +63,18 @@ use crate::{
 };
 
 pub use self::{
+    files::is_full,
     read::{Consistency, ReadError},
     start::{Ground, StartError},
     status::{ClusterReport, Health, MemberReport},
-    submit::{SubmitError, Submitted},
+    submit::{SubmitError, Submitted, shortages_text},
 };
-
-/// How long a stopping node waits for the owner of its state to finish: one entry or one checkpoint
-/// piece. Past that the files are left as a crash would leave them, which recovery is made for.
-const STATE_GONE_MAX: Duration = Duration::from_secs(10);
 
 /// A running node. All methods may be called at any time, also while it forms its cluster or stops.
 pub struct Node {
-    shared: Arc<Shared>,
-    rest: Mutex<Option<(FolderLock, oneshot::Receiver<()>)>>,
+    process: Arc<Process>,
+    /// The first incarnation, for the moment in which there is no other.
+    first: Arc<Shared>,
 }
 
 impl Node {
@@ -86,10 +86,18 @@ impl Node {
 
     /// As `start`, on a given peer listener or disk.
     pub async fn start_on(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Node>, StartError> {
-        let start::Started { shared, lock, state_gone } = start::start(config, metrics, ground).await?;
-        let weak = Arc::downgrade(&shared);
-        shared.metrics.before_scrape(move |metrics| fill_metrics(&weak, metrics));
-        Ok(Arc::new(Node { shared, rest: Mutex::new(Some((lock, state_gone))) }))
+        let process = Process::start(config, metrics, ground).await?;
+        let Some(first) = process.current() else {
+            return Err(StartError::Refused("the node has ended while it started".into()));
+        };
+        let weak = Arc::downgrade(&process);
+        process.metrics.before_scrape(move |metrics| fill_metrics(&weak, metrics));
+        Ok(Arc::new(Node { process, first }))
+    }
+
+    /// The incarnation that takes requests now.
+    fn shared(&self) -> Arc<Shared> {
+        self.process.current().unwrap_or_else(|| Arc::clone(&self.first))
     }
 
     /// Takes a command: parks it until there is a leader, has it proposed, and returns its outcome.
@@ -101,125 +109,104 @@ impl Node {
         key: Option<CommandKey>,
         body_hash: u128,
     ) -> Result<Submitted, SubmitError> {
-        submit::submit(&self.shared, op, key, body_hash).await
+        let shared = self.shared();
+        let _taken = shared.requests.token();
+        submit::submit(&shared, op, key, body_hash).await
     }
 
     /// A view of the state that is as fresh as `consistency` asks for.
     pub async fn read(&self, consistency: Consistency) -> Result<StoreView, ReadError> {
-        read::read(&self.shared, consistency).await
+        let shared = self.shared();
+        let _taken = shared.requests.token();
+        read::read(&shared, consistency).await
     }
 
     /// This node's health.
     pub fn health(&self) -> Health {
-        status::health(&self.shared)
+        status::health(&self.shared())
     }
 
     /// The whole cluster; asks every member, for half a second at most.
     pub async fn cluster(&self) -> ClusterReport {
-        status::cluster(&self.shared).await
+        status::cluster(&self.shared()).await
     }
 
     /// Whether a load balancer may send requests here; the error says why not.
     pub fn is_ready(&self) -> Result<(), String> {
-        status::ready(&self.shared)
+        status::ready(&self.shared())
     }
 
     /// Whether this node leads and a quorum has acknowledged it within one lease.
     pub fn is_leader_with_quorum(&self) -> bool {
-        status::leads_with_quorum(&self.shared)
+        status::leads_with_quorum(&self.shared())
     }
 
     /// Whether its disk has failed: it answers through others then.
     pub fn has_failed(&self) -> bool {
-        self.shared.silenced().is_some()
+        self.shared().silenced().is_some()
     }
 
     /// `host:port` of the HTTP listeners of the other members, the leader's first.
     pub fn other_http_addrs(&self) -> Vec<String> {
-        status::other_http_addrs(&self.shared)
+        status::other_http_addrs(&self.shared())
     }
 
     /// Entries committed by the leader and not applied here; `None` without recent contact.
     pub fn replica_lag_entries(&self) -> Option<u64> {
-        status::replica_lag(&self.shared)
+        status::replica_lag(&self.shared())
     }
 
     /// The node's name.
     pub fn name(&self) -> &str {
-        self.shared.name()
+        &self.process.config.node.name
     }
 
     /// Its configuration.
     pub fn config(&self) -> &Config {
-        &self.shared.config
+        &self.process.config
     }
 
     /// The figures of this process.
     pub fn metrics(&self) -> &Metrics {
-        &self.shared.metrics
+        &self.process.metrics
     }
 
     /// What the engine holds and has done; `None` before the state is open or when it failed.
     pub fn engine_stats(&self) -> Option<crate::state::engine::lsm::EngineStats> {
-        self.shared.core.get()?.state.engine().stats().ok()
+        self.shared().core.get()?.state.engine().stats().ok()
     }
 
     /// Returns once the node has found out that it cannot serve or go on, with the reason: for
     /// example that a cluster exists already, or that one of its tasks has died.
     pub async fn wait_fatal(&self) -> String {
-        self.shared.vital.wait_ended().await
+        self.process.vital.wait_ended().await
     }
 
     /// To be called before `shutdown`, while requests are still served: not ready from now on, and
     /// leadership goes to the most caught-up voter, if this node has it. Takes 3 seconds at most.
     pub async fn hand_over(&self) {
-        handover::hand_over(&self.shared).await;
+        handover::hand_over(&self.shared()).await;
     }
 
     /// Stops: takes nothing more, ends Raft, closes the state and then the log, and lets go of the
     /// folder. Commands under way are answered as unknown. Later calls return at once.
     pub async fn shutdown(&self) {
-        let rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((lock, state_gone)) = rest else { return };
-        let shared = &self.shared;
-        shared.stop.cancel();
-        shared.vital.finished().await;
-        shared.forwarders.close();
-        shared.peers.close();
-        if let Some(core) = shared.core.get() {
-            if let Err(error) = core.raft.shutdown().await {
-                tracing::warn!(%error, "the Raft task did not end well");
-            }
-            // The receiver ends with the state machine, never with a value.
-            if tokio::time::timeout(STATE_GONE_MAX, state_gone).await.is_err() {
-                tracing::warn!("the state was still in use after {STATE_GONE_MAX:?}");
-            }
-            let state = core.state.clone();
-            if let Err(error) = tokio::task::spawn_blocking(move || state.close_blocking()).await {
-                tracing::warn!(%error, "the state did not close well");
-            }
-        }
-        let wal = shared.wal.clone();
-        match tokio::task::spawn_blocking(move || wal.close()).await {
-            Ok(Ok(())) => tracing::info!("stopped"),
-            Ok(Err(latched)) => tracing::warn!(%latched, "stopped; the log had failed before"),
-            Err(error) => tracing::warn!(%error, "the log did not close well"),
-        }
-        drop(lock);
+        self.process.shutdown().await;
     }
 }
 
-fn fill_metrics(shared: &Weak<Shared>, metrics: &Metrics) {
-    let Some(shared) = shared.upgrade() else { return };
+fn fill_metrics(process: &Weak<Process>, metrics: &Metrics) {
+    let Some(shared) = process.upgrade().and_then(|process| process.current()) else { return };
     metrics.set_parked(shared.park.commands_held(), shared.park.bytes_held());
-    metrics.set_wal(shared.wal.bytes_on_disk(), shared.wal.segment_count());
+    let Some(wal) = shared.wal() else { return };
+    metrics.set_wal(wal.bytes_on_disk(), wal.segment_count());
     let Some(core) = shared.core.get() else { return };
     let view = shared.view.borrow().clone();
     metrics.set_raft(RaftFigures {
         term: view.term,
         is_leader: view.role == core::Role::Leader,
         has_leader: view.leader.is_some(),
-        last_log_index: shared.wal.last_log_id().map_or(0, |id| id.index),
+        last_log_index: wal.last_log_id().map_or(0, |id| id.index),
         applied_index: core.published().applied_log_index.unwrap_or_default(),
     });
     // One row; a failing read is counted and logged by the engine itself.

@@ -15,7 +15,10 @@ use futures_util::future::{BoxFuture, FutureExt};
 use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use stemedb_net::{ConnectionHandler, PeerHello, Refusal, Service, code, identity::judge};
+use stemedb_net::{
+    ConnectionHandler, PeerHello, Refusal, Service, code,
+    identity::{PROBE_KINDS, judge},
+};
 use stemedb_raft::types::TypeConfig;
 use tokio::sync::oneshot;
 
@@ -24,8 +27,9 @@ use super::{
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
     kinds::Kind,
-    messages::{ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
-    status,
+    messages::{EntryQuestions, ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
+    process::Process,
+    repair, status,
 };
 use crate::clock;
 
@@ -38,30 +42,30 @@ type Answer = Result<Bytes, Refusal>;
 
 /// The service behind the peer port.
 pub struct PeerService {
-    shared: Arc<Shared>,
+    process: Arc<Process>,
     inbox: Arc<CheckpointInbox>,
 }
 
 impl PeerService {
     /// Answers for this node.
-    pub fn new(shared: Arc<Shared>) -> PeerService {
-        let inbox = Arc::new(CheckpointInbox::new(shared.config.node.data_dir.clone()));
-        PeerService { shared, inbox }
+    pub fn new(process: Arc<Process>) -> PeerService {
+        let inbox = Arc::new(CheckpointInbox::new(process.config.node.data_dir.clone()));
+        PeerService { process, inbox }
     }
 }
 
 impl Service for PeerService {
     fn connected(&self, hello: PeerHello) -> Box<dyn ConnectionHandler> {
-        Box::new(Connection { shared: Arc::clone(&self.shared), inbox: Arc::clone(&self.inbox), hello })
+        Box::new(Connection { process: Arc::clone(&self.process), inbox: Arc::clone(&self.inbox), hello })
     }
 
     fn admit(&self, hello: &PeerHello, kind: u16) -> Result<(), Refusal> {
-        judge(&self.shared.local.load(), hello, kind, self.shared.boots.highest(hello.node_id))
+        judge(&self.process.local(), hello, kind, self.process.boots.highest(hello.node_id))
     }
 }
 
 struct Connection {
-    shared: Arc<Shared>,
+    process: Arc<Process>,
     inbox: Arc<CheckpointInbox>,
     hello: PeerHello,
 }
@@ -89,19 +93,24 @@ fn now(answer: Answer) -> BoxFuture<'static, Answer> {
 impl ConnectionHandler for Connection {
     fn on_request(&mut self, kind: u16, body: Bytes) -> BoxFuture<'static, Answer> {
         let Some(kind) = Kind::of(kind) else { return now(Err(Refusal::unknown_kind(kind))) };
-        let shared = Arc::clone(&self.shared);
+        // One incarnation answers the whole request; `admit` has compared the target with its id a moment ago, and
+        // a frame that was meant for the one before is refused here.
+        let Some(shared) = self.process.current() else { return now(Err(refused("this node is still starting"))) };
+        if kind.number() >= PROBE_KINDS && self.hello.target_id != shared.local.load().node_id {
+            return now(Err(refused("this node has just come back under another id")));
+        }
         match kind {
-            Kind::Probe => return now(answer(&probe(&shared))),
+            Kind::Probe => return now(probe(&shared)),
             Kind::Assign => return assign(shared, body).boxed(),
             _ => {}
         }
         // The boot count must be durable here before anything is promised to its bearer.
-        let boot = match self.shared.boots.observe(self.hello.node_id, self.hello.boot) {
+        let boot = match self.process.boots.observe(self.hello.node_id, self.hello.boot) {
             Ok(version) => version,
             Err(stale) => return now(Err(Refusal::new(code::STALE_BOOT, stale.to_string()))),
         };
-        let handled = self.handle(kind, body);
-        if self.shared.boots.is_saved(boot) {
+        let handled = self.handle(Arc::clone(&shared), kind, body);
+        if self.process.boots.is_saved(boot) {
             return handled;
         }
         async move {
@@ -114,10 +123,12 @@ impl ConnectionHandler for Connection {
 }
 
 impl Connection {
-    fn handle(&self, kind: Kind, body: Bytes) -> BoxFuture<'static, Answer> {
-        let shared = Arc::clone(&self.shared);
+    fn handle(&self, shared: Arc<Shared>, kind: Kind, body: Bytes) -> BoxFuture<'static, Answer> {
         if kind == Kind::Status {
             return now(answer(&status::own_status(&shared)));
+        }
+        if kind == Kind::Entries {
+            return entries(shared, body).boxed();
         }
         if shared.core.get().is_none() {
             return now(Err(refused("this node is still starting")));
@@ -146,7 +157,7 @@ impl Connection {
             Kind::CheckpointOpen => self.inbox.clone().open(body).boxed(),
             Kind::CheckpointChunk => self.inbox.clone().chunk(body).boxed(),
             Kind::CheckpointInstall => self.inbox.clone().install(shared, body).boxed(),
-            Kind::Probe | Kind::Assign | Kind::Status => now(Err(failed("handled before"))),
+            Kind::Probe | Kind::Assign | Kind::Status | Kind::Entries => now(Err(failed("handled before"))),
         }
     }
 }
@@ -221,6 +232,13 @@ fn forward(shared: Arc<Shared>, body: &Bytes) -> BoxFuture<'static, Answer> {
     .boxed()
 }
 
+/// Answers before this node's own log is whole: two damaged logs may have what the other lacks.
+async fn entries(shared: Arc<Shared>, body: Bytes) -> Answer {
+    let request: EntryQuestions = read(&body)?;
+    let answers = tokio::task::spawn_blocking(move || repair::answer_blocking(&shared, &request)).await;
+    answer(&answers.map_err(failed)?.ok_or_else(|| refused("this node is still reading its log"))?)
+}
+
 async fn read_index(shared: Arc<Shared>) -> Answer {
     let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;
     // Only rounds of this node itself: asking on would let two nodes that take each other for the
@@ -232,16 +250,21 @@ async fn read_index(shared: Arc<Shared>) -> Answer {
 }
 
 /// Where this node stands, for a forming cluster.
-fn probe(shared: &Shared) -> ProbeAnswer {
+fn probe(shared: &Shared) -> Answer {
+    // Whether this folder is empty is not known before its log was read: an early "empty" could let the others
+    // form a second cluster.
+    if shared.wal().is_none() {
+        return Err(refused("this node is still starting"));
+    }
     let name = shared.name().to_owned();
     let list_hash = shared.list_hash;
-    match &**shared.identity.load() {
+    answer(&match &**shared.identity.load() {
         None => ProbeAnswer::Empty { name, list_hash },
         Some(id) if shared.log_is_used() => {
             ProbeAnswer::Member { name, cluster_id: id.cluster_id, raft_id: id.raft_id }
         }
         Some(id) => ProbeAnswer::Assigned { name, list_hash, cluster_id: id.cluster_id, raft_id: id.raft_id },
-    }
+    })
 }
 
 async fn assign(shared: Arc<Shared>, body: Bytes) -> Answer {

@@ -24,7 +24,7 @@ async fn node(dir: &tempfile::TempDir) -> Arc<Node> {
 }
 
 async fn ask<T: Serialize>(node: &Node, kind: Kind, request: &T) -> Answer {
-    let own = **node.shared.local.load();
+    let own = **node.shared().local.load();
     let hello = PeerHello {
         cluster_id: own.cluster_id,
         node_id: 77,
@@ -33,7 +33,7 @@ async fn ask<T: Serialize>(node: &Node, kind: Kind, request: &T) -> Answer {
         lane: stemedb_net::Lane::Log,
         addr: "127.0.0.1:1".parse().unwrap(),
     };
-    let mut connection = PeerService::new(Arc::clone(&node.shared)).connected(hello);
+    let mut connection = PeerService::new(Arc::clone(&node.process)).connected(hello);
     connection.on_request(kind.number(), pack(request).unwrap()).await
 }
 
@@ -42,7 +42,7 @@ async fn a_command_that_was_queued_is_never_refused_as_without_effect() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(&dir).await;
     // The boot count of the sender cannot be saved.
-    std::fs::create_dir(dir.path().join("peers-seen.tmp")).unwrap();
+    std::fs::create_dir(dir.path().join("peers-seen.spare")).unwrap();
     let command = Command {
         key: CommandKey { source: KeySource::Node, id: 7 },
         body_hash: 0,
@@ -59,11 +59,11 @@ async fn a_command_that_was_queued_is_never_refused_as_without_effect() {
 async fn a_node_that_is_about_to_stop_refuses_leadership() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(&dir).await;
-    let own_id = node.shared.local.load().node_id;
+    let own_id = node.shared().local.load().node_id;
     let offer = TransferLeaderRequest::<TypeConfig>::new(Vote::new(1, 2), own_id, None);
     let taken = ask(&node, Kind::TransferLeader, &offer).await;
     assert!(taken.is_ok(), "{taken:?}");
-    node.shared.leaving.store(true, Ordering::Relaxed);
+    node.shared().leaving.store(true, Ordering::Relaxed);
     let refusal = ask(&node, Kind::TransferLeader, &offer).await.unwrap_err();
     assert_eq!(refusal.code, REFUSED_BEFORE_EFFECT, "{refusal:?}");
     node.shutdown().await;

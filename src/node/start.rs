@@ -1,49 +1,51 @@
-//! How a node comes to life, in this order: lock, identity, log, listener, place in a cluster, state,
-//! Raft, and the tasks around it.
+//! How an incarnation of a node comes to life, in this order: identity, log, place in a cluster, state, Raft, and the
+//! tasks around it. `process` has taken the folder and the peer port before.
 //!
-//! Everything that can be wrong with the folder is found before the first message leaves. A node that
+//! Everything that can be wrong with the folder is found before the first question leaves. A node that
 //! has its place starts at once; one without waits for it in the background, and meanwhile its health
 //! says `starting`.
 
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use openraft::{Raft, RaftLogReader, SnapshotPolicy, storage::RaftLogStorage};
-use stemedb_net::{Limits, Listener, LocalIdentity};
+use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
-    OpenError, WalOptions, WalStore,
+    OpenError, WalHandle, WalStore,
     disk::{Disk, RealDisk},
 };
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::{
-    applier,
-    boots::SeenBoots,
-    bootstrap,
+    applier, bootstrap,
     core::{AssignRequest, Core, Shared},
     files::FileError,
     formation::{self, Formed},
     forward::Forwarders,
     identity::{self, FolderLock, Identity, IdentityError, LockError, LogContent, Standing},
-    park::Park,
     peers::Peers,
+    process::Process,
     proposer::Proposer,
     read,
     read_index::{self, Rounds},
-    rpc_server::PeerService,
+    repair::{self, Begun},
+    room_watch,
+    space::{RealSpace, SpaceProbe},
+    space_watch::SpaceWatch,
     transport::Network,
-    upkeep,
-    vital::Vital,
-    watch as watcher,
+    upkeep, watch as watcher,
 };
 use crate::{
     config::{Config, PeerEntry},
@@ -113,16 +115,6 @@ pub enum StartError {
     Raft(String),
 }
 
-/// A node that has started: what its owner keeps.
-pub struct Started {
-    /// Shared by its parts.
-    pub shared: Arc<Shared>,
-    /// Released last.
-    pub lock: FolderLock,
-    /// Ends once no file of the state is touched any more.
-    pub state_gone: oneshot::Receiver<()>,
-}
-
 /// What the tasks of the start hand on.
 struct Parts {
     shared: Arc<Shared>,
@@ -130,7 +122,7 @@ struct Parts {
     restore: crate::state::machine::RestoreApplier<applier::NodeApplier>,
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
     tokio::task::spawn_blocking(work).await.map_err(|e| StartError::Refused(format!("a starting step died: {e}")))
 }
 
@@ -140,16 +132,22 @@ pub struct Ground {
     pub peer_listener: Option<TcpListener>,
     /// Where the log lies. The state is always in files.
     pub disk: Arc<dyn Disk>,
+    /// Who says how much room there is.
+    pub space: Arc<dyn SpaceProbe>,
 }
 
 impl Default for Ground {
     fn default() -> Ground {
-        Ground { peer_listener: None, disk: RealDisk::new() }
+        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace) }
     }
 }
 
-/// Starts a node.
-pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Started, StartError> {
+/// Makes the data folder and takes it for this process.
+pub async fn take_folder(
+    config: &Arc<Config>,
+    metrics: &Arc<Metrics>,
+    probe: Arc<dyn SpaceProbe>,
+) -> Result<(FolderLock, SpaceWatch), StartError> {
     let data_dir = config.node.data_dir.clone();
     let path = data_dir.clone();
     tokio::fs::create_dir_all(&data_dir).await.map_err(|source| StartError::Io {
@@ -161,69 +159,116 @@ pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -
     let began = tokio::time::Instant::now();
     let lock = identity::lock_folder(&data_dir, config.storage.lock_timeout_ms).await?;
     metrics.lock_waited(began.elapsed());
-    let known = Identity::load(&data_dir)?;
-    let log = open_log(&config, &metrics, ground.disk).await?;
+    // Before anything is written, so that a node without any room has some from its ballast.
+    let (config, metrics) = (Arc::clone(config), Arc::clone(metrics));
+    let space = blocking(move || SpaceWatch::begin(config, metrics, probe)).await?;
+    Ok((lock, space))
+}
+
+/// The configured list of nodes.
+pub fn peers_of(config: &Config, listener: &TcpListener) -> Vec<PeerEntry> {
+    let own_addr = listener.local_addr().map(|a| a.to_string()).unwrap_or_else(|_| config.peer_listen());
+    formation::effective_peers(config, &own_addr, &config.http.listen)
+}
+
+/// Binds the peer port.
+pub async fn bind(addr: &str) -> Result<TcpListener, StartError> {
+    TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr: addr.to_owned(), source })
+}
+
+/// Brings an incarnation to life from what is in the folder. `early` is called with it as soon as it can answer its
+/// peers, before its log was read.
+pub async fn incarnate(process: &Arc<Process>, early: impl FnOnce(&Arc<Shared>)) -> Result<Arc<Shared>, StartError> {
+    let data_dir = &process.config.node.data_dir;
+    let own = match Identity::load(data_dir)? {
+        Some(identity) => Some(identity.begin_boot(data_dir, &process.config.node.name)?),
+        None => None,
+    };
+    let (assignments, assigned) = mpsc::channel(1);
+    let shared = make_shared(process, own, assignments);
+    early(&shared);
+    shared.vital.spawn("the task that follows the free space", room_watch::follow_own(Arc::clone(&shared)));
+    let brought_up = bring_up(process, &shared, assigned).await;
+    if let Err(error) = brought_up {
+        shared.stop.cancel();
+        shared.vital.finished().await;
+        return Err(error);
+    }
+    Ok(shared)
+}
+
+async fn bring_up(
+    process: &Process,
+    shared: &Arc<Shared>,
+    assigned: mpsc::Receiver<AssignRequest>,
+) -> Result<(), StartError> {
+    let own_position = process.peers.iter().position(|peer| peer.name == process.config.node.name);
+    let ready = Ready { shared: Arc::clone(shared), peers: process.peers.clone(), own_position, assigned };
+    match repair::begin(process, shared).await? {
+        Begun::Open(log) => go_on(ready, log).await,
+        Begun::Asks(asking) => {
+            if shared.identity.load().is_none() {
+                return Err(StartError::Refused(
+                    "the log is damaged, and there is no identity file: the node cannot know whom to ask".into(),
+                ));
+            }
+            // A log that has lost entries had some: nobody may take this node for an empty one meanwhile.
+            shared.log_was_used.store(true, Ordering::Relaxed);
+            let (shared, stop) = (Arc::clone(shared), shared.core_stop.clone());
+            shared.clone().vital.spawn("the repair of the log", async move {
+                let repairing = async {
+                    let log = asking.finish(&shared).await?;
+                    go_on(ready, log).await
+                };
+                if let Some(Err(error)) = stop.run_until_cancelled(repairing).await {
+                    shared.vital.end(error.to_string());
+                }
+            });
+            Ok(())
+        }
+    }
+}
+
+/// What an incarnation has before its log is open.
+struct Ready {
+    shared: Arc<Shared>,
+    peers: Vec<PeerEntry>,
+    own_position: Option<usize>,
+    assigned: mpsc::Receiver<AssignRequest>,
+}
+
+/// The log is open: the place in a cluster, state and Raft.
+async fn go_on(ready: Ready, log: WalStore) -> Result<(), StartError> {
+    let Ready { shared, peers, own_position, assigned } = ready;
     let log_content = log_content(&log).await?;
-    let standing = identity::standing(known.as_ref(), log_content, has_files(&config.kv_dir())?);
+    let known = shared.identity.load_full();
+    let standing = identity::standing((*known).as_ref(), log_content, has_files(&shared.config.kv_dir())?);
     if let Standing::Refuse(why) = standing {
         return Err(StartError::Refused(why));
     }
-    let boots = SeenBoots::open(&data_dir)?;
-    let own = match known {
-        Some(identity) => Some(identity.begin_boot(&data_dir, &config.node.name)?),
-        None => None,
-    };
-
-    let listener = match ground.peer_listener {
-        Some(listener) => listener,
-        None => bind(&config.peer_listen()).await?,
-    };
-    let own_addr = listener.local_addr().map(|a| a.to_string()).unwrap_or_else(|_| config.peer_listen());
-    let peers = formation::effective_peers(&config, &own_addr, &config.http.listen);
-    let own_position = peers.iter().position(|peer| peer.name == config.node.name);
     // Only a node that looks for its place needs the list.
     if standing == Standing::Fresh && own_position.is_none() {
-        let why = format!("cluster.peers does not list this node, {:?}", config.node.name);
+        let why = format!("cluster.peers does not list this node, {:?}", shared.config.node.name);
         return Err(StartError::Config(why));
     }
-    let (assignments, assigned) = mpsc::channel(1);
-    let shared = make_shared(config, metrics, &log, boots, own, &peers, assignments, log_content);
-    serve_peers(&shared, listener);
-
+    shared.log_was_used.store(log_content == LogContent::Used, Ordering::Relaxed);
+    if shared.wal.set(log.handle()).is_err() {
+        return Err(StartError::Refused("the log was opened twice".into()));
+    }
     let (restore, state_gone) = applier::restorer(KeyLimits::default(), shared.vital.clone());
+    *shared.state_gone.lock().unwrap_or_else(PoisonError::into_inner) = Some(state_gone);
     let parts = Parts { shared: Arc::clone(&shared), log, restore };
     match own_position {
         Some(position) if standing == Standing::Fresh || (standing == Standing::Assigned && position == 0) => {
-            let stop = shared.stop.clone();
+            let stop = shared.core_stop.clone();
             let forming = form_and_run(parts, peers, position, assigned);
             shared.vital.spawn("the task that forms the cluster", async move {
                 stop.run_until_cancelled(forming).await;
             });
+            Ok(())
         }
-        _ => {
-            if let Err(error) = run_core(parts).await {
-                shared.stop.cancel();
-                shared.vital.finished().await;
-                return Err(error);
-            }
-        }
+        _ => run_core(parts).await,
     }
-    Ok(Started { shared, lock, state_gone })
-}
-
-async fn bind(addr: &str) -> Result<TcpListener, StartError> {
-    TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr: addr.to_owned(), source })
-}
-
-async fn open_log(config: &Config, metrics: &Arc<Metrics>, disk: Arc<dyn Disk>) -> Result<WalStore, StartError> {
-    let mut options = WalOptions::new(config.wal_dir());
-    options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
-    options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
-    options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
-    options.observer = Arc::<Metrics>::clone(metrics);
-    let (log, report) = blocking(move || WalStore::open(disk, options)).await??;
-    tracing::info!(?report, "write-ahead log opened");
-    Ok(log)
 }
 
 async fn log_content(log: &WalStore) -> Result<LogContent, StartError> {
@@ -247,57 +292,48 @@ fn has_files(dir: &Path) -> Result<bool, StartError> {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // the parts of one struct, made in one place
-fn make_shared(
-    config: Arc<Config>,
-    metrics: Arc<Metrics>,
-    log: &WalStore,
-    boots: SeenBoots,
-    own: Option<Identity>,
-    peers: &[PeerEntry],
-    assignments: mpsc::Sender<AssignRequest>,
-    log_content: LogContent,
-) -> Arc<Shared> {
+fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Sender<AssignRequest>) -> Arc<Shared> {
+    let config = Arc::clone(&process.config);
     let local = own.as_ref().map_or_else(LocalIdentity::default, |id| LocalIdentity {
         cluster_id: id.cluster_id,
         node_id: id.raft_id,
         boot: id.boot,
     });
     let local = Arc::new(ArcSwap::from_pointee(local));
-    let connections = Peers::new(Arc::clone(&local), Limits::default(), boots.clone());
+    let connections = Peers::new(Arc::clone(&local), Limits::default(), process.boots.clone());
     // An answer that comes later than this finds nobody: the command's life has ended.
     let reply_max = Duration::from_millis(config.cluster.request_deadline_ms);
-    let shared = Shared {
-        park: Park::new(config.cluster.park_commands_max, config.cluster.park_bytes_max),
+    let stop = process.stop.child_token();
+    Arc::new(Shared {
+        park: process.park.clone(),
         config,
-        metrics,
+        metrics: Arc::clone(&process.metrics),
         local,
         identity: ArcSwap::from_pointee(own),
-        wal: log.handle(),
-        log_was_used: log_content == LogContent::Used,
-        boots,
+        wal: OnceLock::new(),
+        entry_source: Default::default(),
+        repairing: watch::Sender::default(),
+        log_was_used: AtomicBool::new(false),
+        boots: process.boots.clone(),
         forwarders: Forwarders::new(connections.clone(), reply_max),
         peers: connections,
-        list_hash: bootstrap::list_hash(peers),
+        list_hash: bootstrap::list_hash(&process.peers),
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
         disk: watch::Sender::default(),
+        space: process.space.clone(),
+        admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
         leaving: AtomicBool::new(false),
-        stop: CancellationToken::new(),
-        vital: Vital::default(),
+        core_stop: stop.child_token(),
+        stop,
+        retired: OnceLock::new(),
+        requests: TaskTracker::new(),
+        state_gone: Mutex::new(None),
+        vital: process.vital.sibling(),
         core: OnceLock::new(),
-    };
-    Arc::new(shared)
-}
-
-fn serve_peers(shared: &Arc<Shared>, listener: TcpListener) {
-    let local = Arc::clone(&shared.local);
-    let service = Arc::new(PeerService::new(Arc::clone(shared)));
-    let serving =
-        Listener::serve(listener, Arc::new(move || **local.load()), service, Limits::default(), shared.stop.clone());
-    shared.vital.spawn("the peer port", serving);
+    })
 }
 
 /// The background part of a start without a place in a cluster.
@@ -371,16 +407,16 @@ pub fn raft_config(config: &Config) -> Result<openraft::Config, StartError> {
 async fn run_core(parts: Parts) -> Result<(), StartError> {
     let Parts { shared, log, restore } = parts;
     let own_id = shared.local.load().node_id;
-    let options = machine_options(&shared);
+    let options = machine_options(&shared, log.handle());
     let machine = blocking(move || StateMachine::open(options, restore)).await??;
     let state = machine.handle();
-    check_log_covers(&shared, &state)?;
+    check_log_covers(&log.handle(), &state)?;
     let settings = Arc::new(raft_config(&shared.config)?);
     let network = Network::new(shared.peers.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
 
     let (leader_raft, asking) = (raft.clone(), Arc::clone(&shared));
-    let (vital, stop) = (&shared.vital, &shared.stop);
+    let (vital, stop) = (&shared.vital, &shared.core_stop);
     let core = Core {
         proposer: Proposer::start(raft.clone(), Arc::<Shared>::clone(&shared), vital, stop.clone()),
         leader_rounds: Rounds::start(vital, stop.clone(), move || read_index::leader_round(leader_raft.clone())),
@@ -393,17 +429,17 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     }
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
-    vital.spawn("the task that watches the log", watcher::watch_log(Arc::clone(&shared)));
+    vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
+    vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
     vital.spawn("the task that scrubs", super::scrub::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
     Ok(())
 }
 
-fn machine_options(shared: &Shared) -> MachineOptions {
+fn machine_options(shared: &Shared, wal: WalHandle) -> MachineOptions {
     const MIB: u64 = 1024 * 1024;
     let storage = &shared.config.storage;
-    let wal = shared.wal.clone();
     let lsm = LsmOptions {
         memtable_bytes_max: storage.memtable_mb.saturating_mul(MIB),
         cache_bytes: storage.cache_mb.saturating_mul(MIB),
@@ -421,11 +457,11 @@ fn machine_options(shared: &Shared) -> MachineOptions {
 
 /// The tree waits for the log before it is flushed, so a log that ends before the tree, with no
 /// checkpoint that says so, has lost entries.
-fn check_log_covers(shared: &Shared, state: &crate::state::machine::StateHandle) -> Result<(), StartError> {
+fn check_log_covers(wal: &WalHandle, state: &crate::state::machine::StateHandle) -> Result<(), StartError> {
     let applied = state.engine().applied().log_id;
-    let log_end = shared.wal.last_log_id();
+    let log_end = wal.last_log_id();
     let checkpoint = state.checkpoint().and_then(|c| c.applied().log_id);
-    let purged = shared.wal.purged();
+    let purged = wal.purged();
     if purged > applied.max(checkpoint) {
         return Err(StartError::Refused(format!(
             "the log begins after {purged:?}, and the state has applied {applied:?}: entries between them are missing here. \
@@ -457,7 +493,7 @@ async fn catch_up(shared: Arc<Shared>) {
             return;
         }
     };
-    shared.stop.run_until_cancelled(reached).await;
+    shared.core_stop.run_until_cancelled(reached).await;
 }
 
 #[cfg(test)]

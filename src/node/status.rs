@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 use openraft::{RaftMetrics, ServerState};
 use serde::Serialize;
 use stemedb_net::Lane;
-use stemedb_raft::types::{Member, TypeConfig};
+use stemedb_raft::{
+    WalHandle,
+    types::{Member, TypeConfig},
+};
 
 use super::{
     core::{Core, Role, Shared},
@@ -24,7 +27,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// `/v1/health`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Health {
-    /// `ok`, `starting`, `failed` or `stopping`.
+    /// `ok`, `starting`, `repairing`, `failed` or `stopping`.
     pub status: String,
     /// Name of the node.
     pub name: String,
@@ -38,6 +41,9 @@ pub struct Health {
     pub applied_index: u64,
     /// The disk.
     pub disk: DiskHealth,
+    /// What the log waits for while it is being repaired from the other nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repairing: Option<String>,
     /// Version of the program.
     pub version: String,
 }
@@ -103,6 +109,7 @@ pub fn health(shared: &Shared) -> Health {
     let status = match () {
         () if is_stopping(shared) => "stopping",
         () if disk.state == DiskState::Failed || shared.vital.ended().is_some() => "failed",
+        () if shared.repairing.borrow().is_some() => "repairing",
         () if shared.core.get().is_none() => "starting",
         () => "ok",
     };
@@ -114,6 +121,7 @@ pub fn health(shared: &Shared) -> Health {
         leader: view.leader.map(|l| l.name),
         applied_index: shared.core.get().map_or(0, |core| core.published().fact_index),
         disk,
+        repairing: shared.repairing.borrow().clone(),
         version: VERSION.into(),
     }
 }
@@ -123,15 +131,19 @@ pub fn own_status(shared: &Shared) -> StatusReply {
     let view = shared.view.borrow().clone();
     StatusReply {
         name: shared.name().to_owned(),
-        role: view.role.word().to_owned(),
+        role: match shared.repairing.borrow().is_some() {
+            true => "repairing".to_owned(),
+            false => view.role.word().to_owned(),
+        },
         term: view.term,
         leader: view.leader.map(|l| l.id),
-        last_log_index: shared.wal.last_log_id().map(|id| id.index),
-        purged_log_index: shared.wal.purged().map(|id| id.index),
+        last_log_index: shared.wal().and_then(WalHandle::last_log_id).map(|id| id.index),
+        purged_log_index: shared.wal().and_then(WalHandle::purged).map(|id| id.index),
         applied_log_index: shared.core.get().and_then(|core| core.published().applied_log_index),
         disk: shared.disk.borrow().clone(),
         version: VERSION.into(),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),
+        room: shared.space.report().borrow().clone(),
     }
 }
 
@@ -142,7 +154,10 @@ fn own_replication(shared: &Shared, core: &Core) -> Option<BTreeMap<u64, Lag>> {
     let lag = |matched: &Option<_>| {
         let matched: &Option<stemedb_raft::types::LogId> = matched;
         let missing_from = matched.map_or(0, |id| id.index + 1);
-        Lag { entries: end.saturating_sub(missing_from), bytes: shared.wal.bytes_from(missing_from) }
+        Lag {
+            entries: end.saturating_sub(missing_from),
+            bytes: shared.wal().map_or(0, |wal| wal.bytes_from(missing_from)),
+        }
     };
     Some(metrics.replication?.iter().map(|(id, matched)| (*id, lag(matched))).collect())
 }
@@ -278,6 +293,9 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
     }
     if is_stopping(shared) {
         return Err("this node is stopping".into());
+    }
+    if let Some(waits_for) = shared.repairing.borrow().as_ref() {
+        return Err(format!("the log is being repaired: {waits_for}"));
     }
     if shared.core.get().is_none() {
         return Err("this node is waiting for its cluster to be formed".into());

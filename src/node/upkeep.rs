@@ -3,14 +3,15 @@
 //! A checkpoint is taken when the log has grown by `wal.retain_mb` since the last one, and then the
 //! log is purged up to the checkpoint before it: so between one and two times that much stays for
 //! replicas that lag, which else would need a whole checkpoint. Nothing is purged that no checkpoint
-//! covers; Raft itself makes sure of that.
+//! covers; Raft itself makes sure of that. On a full disk room is worth more than what laggards are spared: a
+//! checkpoint is taken for every segment that it allows to go, and the log is purged up to that very one.
 
 use std::{sync::Arc, time::Duration};
 
 use openraft::{async_runtime::WatchReceiver, metrics::WaitError};
 use stemedb_raft::types::LogId;
 
-use super::core::Shared;
+use super::{core::Shared, space::Level};
 
 /// How often the size of the log is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -50,15 +51,19 @@ impl Upkeep {
 
 /// Runs until the node stops or Raft ends.
 pub async fn run(shared: Arc<Shared>) {
-    let Some(core) = shared.core.get() else { return };
+    let (Some(core), Some(wal)) = (shared.core.get(), shared.wal()) else { return };
     let retain_bytes = shared.config.wal.retain_mb.saturating_mul(1024 * 1024);
+    let segment_bytes = shared.config.wal.segment_size_mb.saturating_mul(1024 * 1024);
     let mut upkeep = Upkeep::default();
     loop {
         tokio::select! {
-            () = shared.stop.cancelled() => return,
+            () = shared.core_stop.cancelled() => return,
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
-        if upkeep.next(shared.wal.bytes_since_purge(), retain_bytes) == Todo::Nothing {
+        let is_full = shared.space.report().borrow().level != Level::Room;
+        // Whole segments go, so that less than one is not worth a checkpoint.
+        let retain_bytes = if is_full { segment_bytes.min(retain_bytes) } else { retain_bytes };
+        if upkeep.next(wal.bytes_since_purge(), retain_bytes) == Todo::Nothing {
             continue;
         }
         let before: Option<LogId> = core.raft.metrics().borrow_watched().snapshot;
@@ -67,13 +72,14 @@ pub async fn run(shared: Arc<Shared>) {
         }
         let wait = core.raft.wait(Some(CHECKPOINT_MAX));
         let taken = tokio::select! {
-            () = shared.stop.cancelled() => return,
+            () = shared.core_stop.cancelled() => return,
             taken = wait.metrics(|m| m.snapshot > before, "a newer checkpoint") => taken,
         };
         match taken {
             Ok(metrics) => {
-                tracing::info!(covers = ?metrics.snapshot, log_bytes = shared.wal.bytes_since_purge(), "checkpoint taken");
-                if let Some(upto) = before
+                tracing::info!(covers = ?metrics.snapshot, log_bytes = wal.bytes_since_purge(), "checkpoint taken");
+                let upto = if is_full { metrics.snapshot } else { before };
+                if let Some(upto) = upto
                     && core.raft.trigger().purge_log(upto.index).await.is_err()
                 {
                     return;
@@ -84,7 +90,7 @@ pub async fn run(shared: Arc<Shared>) {
             }
             Err(WaitError::ShuttingDown) => return,
         }
-        upkeep.done(shared.wal.bytes_since_purge());
+        upkeep.done(wal.bytes_since_purge());
     }
 }
 

@@ -18,6 +18,11 @@ pub struct Vital {
 }
 
 impl Vital {
+    /// Tasks of their own, and the same end: a panic in either ends the node.
+    pub fn sibling(&self) -> Vital {
+        Vital { fatal: self.fatal.clone(), tasks: TaskTracker::new() }
+    }
+
     /// Starts `task`. `what` names it in the reason why the node ends.
     pub fn spawn(&self, what: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let vital = self.clone();

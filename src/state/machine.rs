@@ -138,6 +138,22 @@ impl StateHandle {
         self.shared.engine.load().failed()
     }
 
+    /// Returns once the engine has latched; a snapshot that replaces the tree makes no difference.
+    pub async fn wait_failed(&self) -> Arc<EngineError> {
+        let mut latches = self.shared.options.lsm.latches.subscribe();
+        loop {
+            // Before the question, so that no latch falls between it and the wait.
+            latches.mark_unchanged();
+            if let Some(error) = self.failed() {
+                return error;
+            }
+            // The sender lives in the options of this very handle.
+            if latches.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// The first damage of the tree, found by whatever means: a read, a compaction, a checkpoint, the
     /// scrubber. `None` again once the tree was replaced.
     pub fn damage(&self) -> watch::Receiver<Option<TreeDamage>> {

@@ -70,6 +70,7 @@ impl Inner {
                 "put" | "flush" => tracing::error!(%dir, "Failed to write to KV store: {error}; the store is latched"),
                 _ => tracing::error!(%dir, "{error}; the store is latched"),
             }
+            self.options.latches.send_modify(|n| *n = n.wrapping_add(1));
         }
         self.wake_all();
         Arc::clone(self.failed.get().unwrap_or(&error))

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use tokio::sync::watch;
 
 use super::damage::DamageBoard;
 pub use super::latch::FailPoint;
@@ -28,6 +29,8 @@ pub struct LsmOptions {
     pub flush_gate: Option<FlushGate>,
     /// Hears what happens.
     pub observer: Arc<dyn EngineObserver>,
+    /// Changes when an engine opened with these options, or clones of them, latches.
+    pub latches: watch::Sender<u64>,
     /// Where damage is reported.
     pub damage: DamageBoard,
     /// Lets a disk fail at a named step; only tests set it.
@@ -43,6 +46,7 @@ impl Default for LsmOptions {
             lock_timeout_ms: 5_000,
             flush_gate: None,
             observer: Arc::new(NoObserver),
+            latches: watch::Sender::default(),
             damage: DamageBoard::default(),
             fail_point: None,
         }

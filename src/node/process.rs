@@ -1,0 +1,198 @@
+//! What lives as long as the process: the folder's lock, the peer port, and the incarnation of the moment.
+//!
+//! ```text
+//!  Process ── current ──► Shared (log, state, Raft core, tasks)      one incarnation
+//!                │ disk fails: the core ends, the rest goes on as a proxy
+//!                ▼ rebuilt: the folder's content was replaced
+//!             next Shared ── the one before answers what it has taken, and ends
+//! ```
+//!
+//! A node that rebuilds itself comes back under another Raft id without a restart of its process:
+//! its clients keep their connections, and so its HTTP side talks to the current incarnation only.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use stemedb_net::{Limits, Listener, LocalIdentity};
+use stemedb_raft::disk::Disk;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    boots::SeenBoots,
+    core::Shared,
+    identity::FolderLock,
+    park::Park,
+    room_watch,
+    rpc_server::PeerService,
+    space_watch::SpaceWatch,
+    start::{self, Ground, StartError},
+    vital::Vital,
+};
+use crate::{
+    config::{Config, PeerEntry},
+    metrics::Metrics,
+};
+
+/// How long a stopping node waits for the owner of its state to finish: one entry or one checkpoint
+/// piece. Past that the files are left as a crash would leave them, which recovery is made for.
+const STATE_GONE_MAX: Duration = Duration::from_secs(10);
+
+/// The node as a process.
+pub struct Process {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// The figures of this process.
+    pub metrics: Arc<Metrics>,
+    /// Where the log lies.
+    pub disk: Arc<dyn Disk>,
+    /// How much room there is in the data folder.
+    pub space: SpaceWatch,
+    /// Boot counts of the others.
+    pub boots: SeenBoots,
+    /// The bound on commands held for clients, over all incarnations.
+    pub park: Park,
+    /// The nodes that form the cluster, as configured; this node alone when none are.
+    pub peers: Vec<PeerEntry>,
+    /// Cancelled when the process stops; every incarnation ends with it.
+    pub stop: CancellationToken,
+    /// Tasks of the process, and why the node cannot go on at all, once that is so.
+    pub vital: Vital,
+    current: ArcSwapOption<Shared>,
+    lock: Mutex<Option<FolderLock>>,
+}
+
+impl Process {
+    /// Takes the folder, binds the peer port and starts the first incarnation.
+    pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Process>, StartError> {
+        let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
+        let boots = SeenBoots::open(&config.node.data_dir)?;
+        let listener = match ground.peer_listener {
+            Some(listener) => listener,
+            None => start::bind(&config.peer_listen()).await?,
+        };
+        let peers = start::peers_of(&config, &listener);
+        let process = Arc::new(Process {
+            park: Park::new(config.cluster.park_commands_max, config.cluster.park_bytes_max),
+            config,
+            metrics,
+            disk: ground.disk,
+            space,
+            boots,
+            peers,
+            stop: CancellationToken::new(),
+            vital: Vital::default(),
+            current: ArcSwapOption::empty(),
+            lock: Mutex::new(Some(lock)),
+        });
+        process.serve_peers(listener);
+        process.watch_space();
+        match start::incarnate(&process, |shared| process.current.store(Some(Arc::clone(shared)))).await {
+            Ok(_) => Ok(process),
+            Err(error) => {
+                process.shutdown().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The incarnation of the moment; `None` only before the first one has its identity.
+    pub fn current(&self) -> Option<Arc<Shared>> {
+        self.current.load_full()
+    }
+
+    /// What this node says of itself in the answers of the peer port.
+    pub fn local(&self) -> LocalIdentity {
+        self.current.load().as_ref().map_or_else(LocalIdentity::default, |shared| **shared.local.load())
+    }
+
+    fn watch_space(self: &Arc<Self>) {
+        let weak = Arc::downgrade(self);
+        let blocked = move || room_watch::blocked(&*weak.upgrade()?.current()?);
+        self.vital.spawn("the task that looks at the free space", self.space.clone().run(self.stop.clone(), blocked));
+    }
+
+    fn serve_peers(self: &Arc<Self>, listener: TcpListener) {
+        let weak = Arc::downgrade(self);
+        let local = move || weak.upgrade().map_or_else(LocalIdentity::default, |process| process.local());
+        let service = Arc::new(PeerService::new(Arc::clone(self)));
+        let serving = Listener::serve(listener, Arc::new(local), service, Limits::default(), self.stop.clone());
+        self.vital.spawn("the peer port", serving);
+    }
+
+    /// Ends the core of an incarnation and closes its files; the incarnation goes on as a proxy. Returns once
+    /// nothing touches the folder any more. `why` is what its health says from now on.
+    pub async fn retire(&self, shared: &Shared, why: &str) {
+        if shared.retired.set(why.to_owned()).is_err() {
+            return;
+        }
+        shared.core_stop.cancel();
+        close_core(shared).await;
+    }
+
+    /// Starts the next incarnation from what is in the folder now. The one before must be retired; it answers
+    /// what it has taken, and ends. After an error it remains the current one.
+    pub async fn start_next(self: &Arc<Self>) -> Result<Arc<Shared>, StartError> {
+        let next = start::incarnate(self, |_| {}).await?;
+        let before = self.current.swap(Some(Arc::clone(&next)));
+        if let Some(before) = before {
+            self.vital.spawn("the end of the incarnation before", end_incarnation(before));
+        }
+        Ok(next)
+    }
+
+    /// Stops everything and lets go of the folder. Commands under way are answered as unknown. Later calls
+    /// return at once.
+    pub async fn shutdown(&self) {
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(lock) = lock else { return };
+        self.stop.cancel();
+        self.vital.finished().await;
+        if let Some(shared) = self.current() {
+            shared.vital.finished().await;
+            shared.forwarders.close();
+            shared.peers.close();
+            close_core(&shared).await;
+        }
+        tracing::info!("stopped");
+        drop(lock);
+    }
+}
+
+/// Waits until nobody waits for an answer of `shared`, and ends what is left of it.
+async fn end_incarnation(shared: Arc<Shared>) {
+    // The deadline of its last request bounds this.
+    shared.requests.close();
+    shared.stop.run_until_cancelled(shared.requests.wait()).await;
+    shared.stop.cancel();
+    shared.vital.finished().await;
+    shared.forwarders.close();
+    shared.peers.close();
+}
+
+/// Ends Raft, closes the state and then the log.
+async fn close_core(shared: &Shared) {
+    let state_gone = shared.state_gone.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let (Some(core), Some(state_gone)) = (shared.core.get(), state_gone) {
+        if let Err(error) = core.raft.shutdown().await {
+            tracing::warn!(%error, "the Raft task did not end well");
+        }
+        // The receiver ends with the state machine, never with a value.
+        if tokio::time::timeout(STATE_GONE_MAX, state_gone).await.is_err() {
+            tracing::warn!("the state was still in use after {STATE_GONE_MAX:?}");
+        }
+        let state = core.state.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || state.close_blocking()).await {
+            tracing::warn!(%error, "the state did not close well");
+        }
+    }
+    let Some(wal) = shared.wal().cloned() else { return };
+    match tokio::task::spawn_blocking(move || wal.close()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(latched)) => tracing::warn!(%latched, "closed the log, which had failed before"),
+        Err(error) => tracing::warn!(%error, "the log did not close well"),
+    }
+}

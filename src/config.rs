@@ -142,6 +142,8 @@ pub struct StorageSection {
     pub low_water_mb: u64,
     /// Most space kept in reserve for a full disk, MiB; never more than 1 % of the disk. 0: none.
     pub ballast_mb: u64,
+    /// Rate of the scrubber, MiB per second; 0: off.
+    pub scrub_mb_per_s: u64,
 }
 
 /// `[backup]`
@@ -278,6 +280,7 @@ impl Default for StorageSection {
             cache_mb: 32,
             low_water_mb: 0,
             ballast_mb: 1024,
+            scrub_mb_per_s: 10,
         }
     }
 }

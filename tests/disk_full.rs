@@ -280,7 +280,12 @@ async fn with_all_disks_full_writes_get_507_reads_go_on_and_freed_space_ends_it(
         assert_eq!(numbers(&mut cluster.client(node)).await, acknowledged, "a linearizable read at node {node}");
         let metrics = cluster.client(node).call(&Call::get("/metrics"), HANG).await.unwrap();
         let metrics = String::from_utf8_lossy(&metrics.body).into_owned();
-        assert!(metrics.contains("stemedb_disk_state{state=\"full\"} 1"), "{metrics}");
+        let figure = |name: &str| -> f64 {
+            let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+        };
+        assert!(figure("stemedb_disk_free_bytes") < figure("stemedb_disk_low_water_bytes"));
+        assert!(figure("stemedb_disk_free_inodes") > 0.0);
     }
     let retraction = json!({"old": first_id});
     let answer = post(&mut cluster.client(0), "/v1/supersede", retraction, "retract").await;

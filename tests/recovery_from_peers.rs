@@ -171,7 +171,7 @@ fn damage(sim: &SimDisk, index: u64, rng: &mut StdRng) {
                 rng.fill(&mut bytes[at..at + len]);
                 bytes[row + 9] ^= 0x40;
             }
-            _ => bytes[at + 40..at + 90].fill(0x55),
+            _ => bytes[at + 40..at + len.min(90)].fill(0x55),
         }
     })
     .unwrap();
@@ -211,6 +211,14 @@ async fn all_4096_combinations_are_recovered_or_halted_honestly() {
         let recoverable = !(0..ENTRIES).any(lost);
         let nodes = settle(&sims);
         let mut all_ready = true;
+        let waiting: Vec<String> = nodes
+            .iter()
+            .map(|node| match node {
+                Node::Asks(pending) => format!("{:?}", pending.questions()),
+                Node::Ready(_) => "ready".to_owned(),
+                Node::Lost(why) => why.clone(),
+            })
+            .collect();
         for node in nodes {
             match node {
                 Node::Ready(store) => {
@@ -219,7 +227,7 @@ async fn all_4096_combinations_are_recovered_or_halted_honestly() {
                 }
                 Node::Asks(pending) => {
                     all_ready = false;
-                    assert!(!recoverable, "combination {combination:012b} waits for {:?}", pending.questions());
+                    assert!(!recoverable, "combination {combination:012b} waits: {waiting:#?}");
                     assert!(pending.questions().iter().any(|q| lost(q.index)), "it waits for what is there");
                 }
                 Node::Lost(why) => panic!("combination {combination:012b}: {why}"),

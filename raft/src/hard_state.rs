@@ -144,6 +144,8 @@ impl HardState {
             let bytes = self.encode().map_err(fail)?;
             let path = dir.join(name);
             let (file, fresh) = match disk.open(&path) {
+                // A part of a block that cannot be read cannot be written either: the copy is made anew.
+                Ok(file) if read_all(&*file).is_err() => (disk.create(&path).map_err(fail)?, true),
                 Ok(file) => (file, false),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => (disk.create(&path).map_err(fail)?, true),
                 Err(e) => return Err(fail(e)),

@@ -34,6 +34,7 @@ pub mod segment;
 pub mod shared;
 pub mod source;
 pub mod store;
+pub mod tool;
 pub mod types;
 pub mod writer;
 

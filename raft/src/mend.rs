@@ -318,7 +318,7 @@ fn make_segment(disk: &dyn Disk, options: &WalOptions, looked: &Looked, run: &Ru
         put(row_at, &row_of(copy.index, &located).encode(header.identity))?;
         offset += frame.len() as u64;
     }
-    if looked.useless.contains(&number) {
+    if looked.useless.iter().any(|(useless, _)| *useless == number) {
         set_aside(disk, &options.dir, number)?;
     }
     place_file(disk, &options.dir.join(NEW_NAME), &options.dir.join(segment_name(number)), &bytes)

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
 use crate::{
     disk::{Disk, DiskFile, FolderLock},
-    error::OpenError,
+    error::{Damage, OpenError},
     frame::{BLOCK_BYTES, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader, log_id, row_capacity},
     hard_state::{FoundState, HardState},
     index::{Located, LogIndex, segment_name, segment_number},
@@ -91,8 +91,8 @@ pub struct Looked {
     pub lacking: Lacking,
     /// So far.
     pub report: RecoveryReport,
-    /// Names of segments that hold nothing of use: they are in the way of new ones of that number.
-    pub useless: Vec<u64>,
+    /// Numbers of files that are no segments, and why: they are in the way of new ones of that number.
+    pub useless: Vec<(u64, String)>,
 }
 
 /// Gives a file that is no segment another name; it is kept.
@@ -150,12 +150,26 @@ pub fn look(disk: &dyn Disk, options: &WalOptions) -> Result<Looked, Trouble> {
             Err(why) => {
                 tracing::warn!(segment = segment_name(number), why, "a file in the WAL is no segment that can be used");
                 report.unknown_files.push(segment_name(number));
-                useless.push(number);
+                useless.push((number, why));
             }
         }
     }
     drop(buf);
-    log.finish(&hard, last.as_ref())?;
+    if let Err(trouble) = log.finish(&hard, last.as_ref()) {
+        return Err(match trouble {
+            Trouble::Lost(mut lost) => {
+                let found = useless.iter().map(|(number, why)| Damage {
+                    segment: segment_name(*number),
+                    offset: Some(0),
+                    index: log.end(),
+                    what: why.clone(),
+                });
+                lost.damage = found.chain(lost.damage).collect();
+                Trouble::Lost(lost)
+            }
+            other => other,
+        });
+    }
     let lacking = lacking(&log.slots(), log.durable_end);
     Ok(Looked { hard, log, last, lacking, report, useless })
 }
@@ -169,7 +183,7 @@ pub fn finish(
     end: u64,
 ) -> Result<Opened, Trouble> {
     let Looked { hard, mut log, last, mut report, useless, .. } = looked;
-    for number in useless.into_iter().filter(|n| last.as_ref().is_none_or(|last| *n > last.number)) {
+    for (number, _) in useless.into_iter().filter(|(n, _)| last.as_ref().is_none_or(|last| *n > last.number)) {
         // The next segment takes its name.
         set_aside(disk, dir, number).map_err(io_at("set aside a useless segment in", dir))?;
     }

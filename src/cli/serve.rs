@@ -4,6 +4,8 @@
 //! it on a clean stop. SIGTERM and SIGINT stop it cleanly: leadership is handed over, the HTTP side
 //! finishes what it has begun, then the node stops. A second signal ends the process at once.
 
+pub mod rebuild;
+
 use std::{
     net::SocketAddr,
     os::unix::fs::FileExt,

@@ -297,6 +297,12 @@ pub static KEYS: &[Key] = &[
         "Most space taken beforehand by the file ballast, which is let go when the disk is full; never more than 1 % \
          of the disk, 0 for none.",
     ),
+    key(
+        "storage",
+        "scrub_mb_per_s",
+        number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
+        "How fast everything on the disk is read again once a day and compared with its hash; 0 turns it off.",
+    ),
     not_yet(
         key(
             "backup",

@@ -5,6 +5,7 @@
 //! scrape. Every name that a runbook greps for has a line from the first scrape on. Nothing here
 //! decides anything, and nothing here can fail a request.
 
+mod disk;
 pub mod observers;
 mod process;
 mod register;
@@ -20,6 +21,7 @@ use prometheus::{Registry, TextEncoder};
 pub use service::RaftFigures;
 pub use storage::TreeFigures;
 
+use disk::DiskMetrics;
 use process::Process;
 use register::Register;
 use service::ServiceMetrics;
@@ -32,6 +34,7 @@ pub struct Metrics {
     names: Vec<&'static str>,
     wal: WalMetrics,
     storage: StorageMetrics,
+    disk: DiskMetrics,
     service: ServiceMetrics,
     before_scrape: Mutex<Option<Hook>>,
 }
@@ -44,6 +47,7 @@ impl Metrics {
         let mut register = Register::new();
         let wal = WalMetrics::new(&mut register);
         let storage = StorageMetrics::new(&mut register);
+        let disk = DiskMetrics::new(&mut register);
         let service = ServiceMetrics::new(&mut register);
         register
             .gauges("stemedb_build_info", "Version of the program; always 1.", &["version"])
@@ -51,7 +55,7 @@ impl Metrics {
             .set(1);
         register.collector(Process::names(), Process::new());
         let Register { registry, names } = register;
-        Metrics { registry, names, wal, storage, service, before_scrape: Mutex::new(None) }
+        Metrics { registry, names, wal, storage, disk, service, before_scrape: Mutex::new(None) }
     }
 
     /// Runs `hook` at the beginning of each scrape; it may call the `set_…` functions and must not

@@ -39,6 +39,8 @@ impl Cluster {
         let mut nodes = plan(dir.path(), 3, free_port(3).unwrap()).unwrap();
         for (node, disk) in nodes.iter_mut().zip(&disks) {
             node.dir = disk.path().to_owned();
+            // What it prints lies on the same disk, as under `dev`.
+            node.log = disk.path().join("log");
         }
         let local = LocalCluster::prepare_with(env!("CARGO_BIN_EXE_stemedb").into(), nodes.clone()).unwrap();
         for node in &nodes {
@@ -97,12 +99,16 @@ impl Cluster {
     /// Takes all bytes of a node's disk but these.
     fn leave_bytes(&self, node: usize, bytes: u64) {
         let path = self.disks[node].path();
-        let stat = rustix::fs::statvfs(path).unwrap();
-        let free = stat.f_bavail * stat.f_frsize;
         let file = File::options().create(true).truncate(false).write(true).open(path.join("filler")).unwrap();
-        let length = file.metadata().unwrap().len();
-        if free > bytes {
-            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), length, free - bytes).unwrap();
+        loop {
+            let stat = rustix::fs::statvfs(path).unwrap();
+            let free = stat.f_bavail * stat.f_frsize;
+            if free <= bytes {
+                return;
+            }
+            let length = file.metadata().unwrap().len();
+            // The node may take some of it meanwhile.
+            let _ = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), length, free - bytes);
         }
     }
 
@@ -149,6 +155,21 @@ async fn post(client: &mut Client, path: &str, body: Value, key: &str) -> Answer
 async fn write(client: &mut Client, number: u64) -> Answer {
     let body = json!({"concept_path": "test/full", "predicate": "number", "value": number});
     post(client, "/v1/assert", body, &format!("key-{number}")).await
+}
+
+/// Until it is taken it is refused for want of room, and for nothing else.
+async fn write_when_there_is_room(client: &mut Client, number: u64) {
+    let wait = async {
+        loop {
+            let answer = write(client, number).await;
+            if answer.status == 201 {
+                return;
+            }
+            assert_full(&answer);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(HANG, wait).await.expect("writes go on by themselves");
 }
 
 async fn numbers(client: &mut Client) -> BTreeSet<u64> {
@@ -253,12 +274,18 @@ async fn with_all_disks_full_writes_get_507_reads_go_on_and_freed_space_ends_it(
         let answer = write(&mut cluster.client(node), number).await;
         println!("507 through node {} after {:?}", node + 1, began.elapsed());
         let problem = assert_full(&answer);
-        assert_eq!(problem["nodes"].as_array().unwrap().len(), 3, "{problem}");
+        // Of the third the leader may not have heard yet.
+        assert!(problem["nodes"].as_array().unwrap().len() >= 2, "{problem}");
         refused.insert(number);
         assert_eq!(numbers(&mut cluster.client(node)).await, acknowledged, "a linearizable read at node {node}");
         let metrics = cluster.client(node).call(&Call::get("/metrics"), HANG).await.unwrap();
         let metrics = String::from_utf8_lossy(&metrics.body).into_owned();
-        assert!(metrics.contains("stemedb_disk_state{state=\"full\"} 1"), "{metrics}");
+        let figure = |name: &str| -> f64 {
+            let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+        };
+        assert!(figure("stemedb_disk_free_bytes") < figure("stemedb_disk_low_water_bytes"));
+        assert!(figure("stemedb_disk_free_inodes") > 0.0);
     }
     let retraction = json!({"old": first_id});
     let answer = post(&mut cluster.client(0), "/v1/supersede", retraction, "retract").await;
@@ -282,15 +309,7 @@ async fn with_all_disks_full_writes_get_507_reads_go_on_and_freed_space_ends_it(
     let freed = Instant::now();
     for node in 0..3 {
         let number = 3_000 + node as u64;
-        loop {
-            let answer = write(&mut cluster.client(node), number).await;
-            if answer.status == 201 {
-                break;
-            }
-            assert_full(&answer);
-            assert!(freed.elapsed() < HANG, "writes never go on");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        write_when_there_is_room(&mut cluster.client(node), number).await;
         println!("written through node {} {:?} after the space was freed", node + 1, freed.elapsed());
         acknowledged.insert(number);
     }
@@ -345,7 +364,10 @@ async fn nodes_start_again_and_again_with_neither_bytes_nor_inodes() {
     for node in 0..3 {
         cluster.until_state(node, "ok").await;
     }
-    let answer = write(&mut cluster.client(1), 50).await;
-    assert_eq!(answer.status, 201, "{}", answer.describe());
+    write_when_there_is_room(&mut cluster.client(1), 50).await;
+    let expected = (0..51).collect();
+    for node in 0..3 {
+        assert_eq!(numbers(&mut cluster.client(node)).await, expected, "no refused write appears");
+    }
     cluster.local.stop_all().await.unwrap();
 }

@@ -319,6 +319,7 @@ async fn a_shortage_after_proposing_is_unknown_and_what_was_refused_never_appear
     }
     assert!(!applied.is_empty() && unknown.len() + not_applied.len() == 3, "{applied:?} {unknown:?} {not_applied:?}");
     node.shutdown().await;
+    drop(node);
     sim.set_space_left(None);
     let node = start().await;
     for n in applied {

@@ -416,30 +416,3 @@ pub fn log_id(term: u64, index: u64) -> LogId {
 pub fn term_of(id: &LogId) -> u64 {
     id.committed_leader_id().term
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rewritten_frame_keeps_its_place_in_the_chain() {
-        let mut header = FrameHeader {
-            kind: EntryKind::Normal,
-            payload_bytes: 5,
-            previous_crc: 7,
-            term: 2,
-            index: 40,
-            synced_end: 40,
-            committed_end: 39,
-            payload_crc: 11,
-        };
-        for (identity, checksum) in [(1, 0), (77, u32::MAX), (u64::MAX, 0xdead_beef), (3, 1)] {
-            header.index += 1;
-            let bytes = header.encode_continued_by(identity, checksum);
-            assert_eq!(FrameHeader::decode(&bytes, identity), Ok((header, checksum)));
-        }
-        // Nothing is chosen where nothing was forgotten.
-        let (bytes, checksum) = header.encode(9);
-        assert_eq!(header.encode_continued_by(9, checksum), bytes);
-    }
-}

@@ -190,7 +190,7 @@ pub struct HealthAnswer {
     pub leader: Option<String>,
     /// Index of the last fact that this node shows, as in answers to reads and writes.
     pub applied_index: u64,
-    /// State of the disk: `{"state": "ok" | "failed", "reason"}`.
+    /// State of the disk: `{"state": "ok" | "full" | "failed", "reason"}`.
     #[schema(value_type = Object)]
     pub disk: serde_json::Value,
     /// What the log waits for while it is being repaired from the other nodes; absent otherwise.

@@ -5,14 +5,13 @@
 
 use std::time::Duration;
 
-use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
 
 use super::Metrics;
 use super::observers::EngineObserver;
 use super::register::Register;
 use super::summary::Summary;
 use super::wal::gauge;
-use crate::node::space::Space;
 use crate::state::engine::scrub::ScrubObserver;
 use crate::state::engine::{EngineError, TreeDamage};
 
@@ -24,8 +23,6 @@ const DAMAGE_OPERATIONS: [&str; 7] = ["get", "scan", "compact", "checkpoint", "o
 
 /// What is scrubbed.
 const SCRUB_KINDS: [&str; 3] = ["tree", "checkpoint", "wal"];
-/// The states of a disk, the good one first. Each has its series from the first scrape on.
-const DISK_STATES: [&str; 3] = ["ok", "full", "failed"];
 
 /// From a small flush-sized merge to a full compaction of a large tree, seconds.
 const COMPACTION_BUCKETS: [f64; 10] = [0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0];
@@ -52,11 +49,6 @@ pub(super) struct StorageMetrics {
     scrub_damaged: IntCounterVec,
     scrub_last_complete: IntGauge,
     scrub_progress: Gauge,
-    disk_free_bytes: IntGauge,
-    disk_free_inodes: IntGauge,
-    disk_low_water_bytes: IntGauge,
-    disk_ballast_bytes: IntGauge,
-    disk_state: IntGaugeVec,
 }
 
 /// What the tree knows about itself at one moment.
@@ -143,25 +135,7 @@ impl StorageMetrics {
                 "stemedb_scrub_progress",
                 "Part of the scrubber's pass that is done, by bytes; 1 between passes.",
             ),
-            disk_free_bytes: register
-                .gauge("stemedb_disk_free_bytes", "Bytes that may still be written on the disk of the data folder."),
-            disk_free_inodes: register.gauge(
-                "stemedb_disk_free_inodes",
-                "Files that may still be made there; -1 where the file system has no such number.",
-            ),
-            disk_low_water_bytes: register
-                .gauge("stemedb_disk_low_water_bytes", "Free bytes below which writes of clients are refused."),
-            disk_ballast_bytes: register
-                .gauge("stemedb_disk_ballast_bytes", "Bytes kept by the file ballast for a full disk."),
-            disk_state: register.gauges(
-                "stemedb_disk_state",
-                "1 for the state that the disk of the data folder is in, 0 for the others.",
-                &["state"],
-            ),
         };
-        for state in DISK_STATES {
-            metrics.disk_state.with_label_values(&[state]).set(i64::from(state == DISK_STATES[0]));
-        }
         for operation in OPERATIONS {
             metrics.operations.with_label_values(&[operation]).inc_by(0);
             metrics.operation_errors.with_label_values(&[operation]).inc_by(0);
@@ -178,22 +152,6 @@ impl StorageMetrics {
 }
 
 impl Metrics {
-    /// What there is on the disk of the data folder.
-    pub fn set_space(&self, space: &Space, ballast_bytes: u64, low_water_bytes: u64) {
-        let storage = &self.storage;
-        storage.disk_free_bytes.set(gauge(space.bytes_free));
-        storage.disk_free_inodes.set(if space.inodes_total == 0 { -1 } else { gauge(space.inodes_free) });
-        storage.disk_ballast_bytes.set(gauge(ballast_bytes));
-        storage.disk_low_water_bytes.set(gauge(low_water_bytes));
-    }
-
-    /// The state of the disk, by its word in `/v1/health`.
-    pub fn set_disk_state(&self, state: &str) {
-        for known in DISK_STATES {
-            self.storage.disk_state.with_label_values(&[known]).set(i64::from(known == state));
-        }
-    }
-
     /// What the tree knows about itself, put in before a scrape.
     pub fn set_tree(&self, tree: TreeFigures) {
         let storage = &self.storage;

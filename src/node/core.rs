@@ -259,10 +259,6 @@ impl Surroundings for Shared {
         Shared::silenced(self)
     }
 
-    fn admission(&self) -> Arc<Admission> {
-        Arc::clone(&self.admission.borrow())
-    }
-
     fn entry_proposed(&self, commands: usize) {
         self.metrics.entry_proposed(commands);
     }

@@ -19,17 +19,6 @@ pub enum DiskState {
     Failed,
 }
 
-impl DiskState {
-    /// The word in answers and metrics.
-    pub fn word(&self) -> &'static str {
-        match self {
-            DiskState::Ok => "ok",
-            DiskState::Full => "full",
-            DiskState::Failed => "failed",
-        }
-    }
-}
-
 /// The disk as `/v1/health` shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskHealth {

@@ -15,7 +15,7 @@ use stemedb_raft::{
     codec,
     types::{EntryData, TypeConfig},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -63,7 +63,7 @@ struct Waiting {
 pub struct Proposer {
     queue: mpsc::UnboundedSender<Waiting>,
     bound: Park,
-    around: Arc<dyn Surroundings>,
+    admission: watch::Receiver<Arc<Admission>>,
 }
 
 /// What the task asks the node for.
@@ -72,29 +72,34 @@ pub trait Surroundings: Send + Sync + 'static {
     fn log_time(&self) -> Applied;
     /// Why this node must not acknowledge anything at present, if it must not.
     fn silenced(&self) -> Option<String>;
-    /// What may be proposed now, as far as disks have room.
-    fn admission(&self) -> Arc<Admission>;
     /// An entry with this many commands was proposed.
     fn entry_proposed(&self, commands: usize);
 }
 
 impl Proposer {
     /// Starts the task. It ends with `stop`; what waits then is left without an answer.
-    pub fn start(raft: RaftNode, around: Arc<dyn Surroundings>, vital: &Vital, stop: CancellationToken) -> Proposer {
+    /// `admission`: what may be proposed now, as far as disks have room.
+    pub fn start(
+        raft: RaftNode,
+        around: Arc<dyn Surroundings>,
+        admission: watch::Receiver<Arc<Admission>>,
+        vital: &Vital,
+        stop: CancellationToken,
+    ) -> Proposer {
         let bound = Park::new(QUEUE_COMMANDS_MAX, QUEUE_BYTES_MAX);
         // Unbounded as a channel; each item holds a place of `bound`.
         let (queue, waiting) = mpsc::unbounded_channel();
-        let asked = Arc::clone(&around);
+        let asked = admission.clone();
         vital.spawn("the proposer", async move {
-            stop.run_until_cancelled(run(raft, asked, waiting)).await;
+            stop.run_until_cancelled(run(raft, around, asked, waiting)).await;
         });
-        Proposer { queue, bound, around }
+        Proposer { queue, bound, admission }
     }
 
     /// Queues a command. The receiver fails only if the task died, and then the outcome is unknown.
     pub fn propose(&self, command: Arc<Command>) -> Result<oneshot::Receiver<ProposeAnswer>, ProposeAnswer> {
         // Here as well as before it is proposed: what waits for a slot may wait for as long as the disks are full.
-        if let Some(refusal) = self.around.admission().refusal(Need::of(&command.op)) {
+        if let Some(refusal) = self.admission.borrow().refusal(Need::of(&command.op)) {
             return Err(refusal);
         }
         let bytes = command_bytes(&command);
@@ -158,7 +163,12 @@ fn pack_entry(
     packed
 }
 
-async fn run(raft: RaftNode, around: Arc<dyn Surroundings>, mut waiting: mpsc::UnboundedReceiver<Waiting>) {
+async fn run(
+    raft: RaftNode,
+    around: Arc<dyn Surroundings>,
+    admission: watch::Receiver<Arc<Admission>>,
+    mut waiting: mpsc::UnboundedReceiver<Waiting>,
+) {
     let slots = Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX));
     let mut stamper = Stamper::default();
     let mut carry = None;
@@ -180,10 +190,10 @@ async fn run(raft: RaftNode, around: Arc<dyn Surroundings>, mut waiting: mpsc::U
             answer_all(packed, &ProposeAnswer::NotLeader);
             continue;
         }
-        let admission = around.admission();
+        let admitted = Arc::clone(&admission.borrow());
         let (packed, refused): (Vec<_>, Vec<_>) = packed
             .into_iter()
-            .map(|w| (admission.refusal(Need::of(&w.command.op)), w))
+            .map(|w| (admitted.refusal(Need::of(&w.command.op)), w))
             .partition(|(refusal, _)| refusal.is_none());
         for (refusal, waiting) in refused {
             waiting.answer(refusal.unwrap_or(ProposeAnswer::NotLeader));

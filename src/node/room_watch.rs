@@ -57,7 +57,7 @@ pub async fn follow_own(shared: Arc<Shared>) {
             *health = next;
             changed
         });
-        shared.metrics.set_disk_state(disk.borrow_and_update().state.word());
+        disk.borrow_and_update();
         tokio::select! {
             () = shared.stop.cancelled() => return,
             changed = report.changed() => if changed.is_err() { return },

@@ -418,7 +418,13 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let (leader_raft, asking) = (raft.clone(), Arc::clone(&shared));
     let (vital, stop) = (&shared.vital, &shared.core_stop);
     let core = Core {
-        proposer: Proposer::start(raft.clone(), Arc::<Shared>::clone(&shared), vital, stop.clone()),
+        proposer: Proposer::start(
+            raft.clone(),
+            Arc::<Shared>::clone(&shared),
+            shared.admission.subscribe(),
+            vital,
+            stop.clone(),
+        ),
         leader_rounds: Rounds::start(vital, stop.clone(), move || read_index::leader_round(leader_raft.clone())),
         remote_rounds: Rounds::start(vital, stop.clone(), move || read::remote_round(Arc::clone(&asking))),
         raft,

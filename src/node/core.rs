@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
+    applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::{DiskState, DiskWatch}, forward::Forwarders,
     freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
     proposer::Surroundings, read_index::Rounds, submit_rules::Leader, vital::Vital,
 };
@@ -168,7 +168,7 @@ pub struct Shared {
     /// Contacts with leaders.
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
-    pub disk: watch::Sender<DiskHealth>,
+    pub disk: DiskWatch,
     /// Whether the state has caught up with what was committed when the node started.
     pub caught_up: watch::Sender<bool>,
     /// Set when this node is about to stop: it takes no leadership any more.
@@ -216,13 +216,14 @@ impl Shared {
         if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {
             return Some(error.to_string());
         }
-        self.disk.borrow().reason.clone()
+        self.disk.health().silenced()
     }
 
     /// Why this node must not take leadership over, if so.
     pub fn may_not_lead(&self) -> Option<String> {
         let leaving = self.leaving.load(Ordering::Relaxed).then(|| "this node is about to stop".to_owned());
-        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended())
+        let full = || self.disk.is(DiskState::Full).then(|| "the disk of this node is full".to_owned());
+        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended()).or_else(full)
     }
 
     /// Log time now, by this node's estimate.

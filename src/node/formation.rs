@@ -154,7 +154,8 @@ async fn probe_all(shared: &Shared, peers: &[PeerEntry], own_position: usize) ->
     .await
 }
 
-async fn probe(shared: &Shared, addr: &str) -> Result<ProbeAnswer, String> {
+/// Asks whoever answers at `addr` where it stands.
+pub async fn probe(shared: &Shared, addr: &str) -> Result<ProbeAnswer, String> {
     let body = pack(&()).map_err(|e| e.to_string())?;
     let answer = shared.peers.probe(addr).call(Kind::Probe.number(), body, PROBE_REPLY_MAX).await;
     unpack(&answer.map_err(|e| e.to_string())?).map_err(|e| e.to_string())

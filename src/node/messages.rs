@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use stemedb_raft::codec::{self, CodecError};
+use stemedb_raft::{
+    codec::{self, CodecError},
+    types::{LogId, StoredMembership},
+};
 
 use super::disk::DiskHealth;
 use crate::state::command::{Command, CommandOutcome};
@@ -123,6 +126,21 @@ pub struct StatusReply {
     pub version: String,
     /// On a leader: for each member, how much of its log that member has not acknowledged.
     pub replication: Option<BTreeMap<u64, Lag>>,
+    /// Why it would not take leadership over, if so.
+    pub may_not_lead: Option<String>,
+    /// 99th percentile of its log's syncs of the last seconds, milliseconds; `None` when there were none.
+    pub fsync_p99_ms: Option<u64>,
+    /// The members of the cluster as it knows them; `None` when it knows none.
+    pub membership: Option<StoredMembership>,
+}
+
+/// Answer to `Kind::LogEnd`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEndReply {
+    /// The last entry of its log, all appends included that had arrived on the same connection before.
+    pub last_log_id: Option<LogId>,
+    /// Why it would not take leadership over, if so.
+    pub may_not_lead: Option<String>,
 }
 
 /// How far a member's log is behind the leader's.

@@ -21,6 +21,7 @@ use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
     OpenError, WalHandle, WalOptions, WalStore,
     disk::{Disk, RealDisk},
+    io_times::IoTimes,
 };
 use tokio::{
     net::TcpListener,
@@ -31,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use super::{
     applier, bootstrap,
     core::{AssignRequest, Core, Shared},
+    disk::DiskWatch,
     files::FileError,
     formation::{self, Formed},
     forward::Forwarders,
@@ -106,6 +108,9 @@ pub enum StartError {
         /// The cause.
         source: io::Error,
     },
+    /// The peer listener could not be shared with the fence.
+    #[error("the peer listener: {0}")]
+    PeerPort(io::Error),
     /// Raft did not start.
     #[error("raft: {0}")]
     Raft(String),
@@ -128,11 +133,13 @@ pub struct Ground {
     pub peer_listener: Option<TcpListener>,
     /// Where the log lies. The state is always in files.
     pub disk: Arc<dyn Disk>,
+    /// What the disk is busy with; one for a process.
+    pub io_times: Arc<IoTimes>,
 }
 
 impl Default for Ground {
     fn default() -> Ground {
-        Ground { peer_listener: None, disk: RealDisk::new() }
+        Ground { peer_listener: None, disk: RealDisk::new(), io_times: Arc::default() }
     }
 }
 
@@ -280,7 +287,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
-        disk: watch::Sender::default(),
+        disk: DiskWatch::default(),
         caught_up: watch::Sender::new(false),
         leaving: AtomicBool::new(false),
         core_stop: stop.child_token(),
@@ -372,11 +379,14 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let network = Network::new(shared.peers.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
 
-    let (leader_raft, asking) = (raft.clone(), Arc::clone(&shared));
+    let (leader_raft, leading, asking) = (raft.clone(), Arc::clone(&shared), Arc::clone(&shared));
     let (vital, stop) = (&shared.vital, &shared.core_stop);
     let core = Core {
         proposer: Proposer::start(raft.clone(), Arc::<Shared>::clone(&shared), vital, stop.clone()),
-        leader_rounds: Rounds::start(vital, stop.clone(), move || read_index::leader_round(leader_raft.clone())),
+        leader_rounds: Rounds::start(vital, stop.clone(), move || {
+            let (raft, shared) = (leader_raft.clone(), Arc::clone(&leading));
+            async move { read_index::leader_round(raft, move || shared.silenced()).await }
+        }),
         remote_rounds: Rounds::start(vital, stop.clone(), move || read::remote_round(Arc::clone(&asking))),
         raft,
         state,

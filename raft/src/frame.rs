@@ -298,6 +298,39 @@ impl Row {
     }
 }
 
+/// Where a frame's header has eight bytes that mean nothing.
+const CHOSEN_AT: usize = 60;
+
+/// The four bytes for which `of` is `wanted`. A CRC is linear in any four bytes in a row, and no two values of them
+/// have the same one: so Gauss finds the only solution.
+fn solve_crc(of: impl Fn(u32) -> u32, wanted: u32) -> u32 {
+    let at_zero = of(0);
+    let mut rest = wanted ^ at_zero;
+    let mut solution = 0;
+    // For each bit of the checksum, from the highest: a change of it alone among those not yet dealt with, and
+    // which chosen bits make that change.
+    let mut basis: Vec<(u32, u32)> = Vec::with_capacity(32);
+    for bit in 0..32 {
+        let (mut change, mut chosen) = (of(1 << bit) ^ at_zero, 1u32 << bit);
+        for (c, by) in &basis {
+            if change ^ c < change {
+                change ^= c;
+                chosen ^= by;
+            }
+        }
+        basis.push((change, chosen));
+        basis.sort_unstable_by(|a, b| b.cmp(a));
+    }
+    for (change, chosen) in basis {
+        if rest ^ change < rest {
+            rest ^= change;
+            solution ^= chosen;
+        }
+    }
+    assert_eq!(rest, 0, "four bytes do not determine a CRC-32");
+    solution
+}
+
 impl FrameHeader {
     /// The header's bytes and their checksum, which the next frame carries on.
     pub fn encode(&self, identity: u64) -> ([u8; FRAME_HEADER_BYTES], u32) {
@@ -314,6 +347,22 @@ impl FrameHeader {
         let sum = crc(identity, buf.get(..FRAME_HEADER_BYTES - 4).unwrap_or_default());
         Put(&mut buf, FRAME_HEADER_BYTES - 4).u32(sum);
         (buf, sum)
+    }
+
+    /// The header's bytes, with the checksum that the frame behind this one says it continues: for a frame that is
+    /// written again, when what it said of other entries' durability is forgotten. Four unused bytes of the header
+    /// are chosen so that the checksum comes out; readers ignore them.
+    pub fn encode_continued_by(&self, identity: u64, checksum: u32) -> [u8; FRAME_HEADER_BYTES] {
+        let (mut buf, _) = self.encode(identity);
+        let unchosen = buf;
+        let of = |chosen: u32| {
+            let mut buf = unchosen;
+            Put(&mut buf, CHOSEN_AT).u32(chosen);
+            crc(identity, buf.get(..FRAME_HEADER_BYTES - 4).unwrap_or_default())
+        };
+        Put(&mut buf, CHOSEN_AT).u32(solve_crc(of, checksum));
+        Put(&mut buf, FRAME_HEADER_BYTES - 4).u32(checksum);
+        buf
     }
 
     /// Reads a frame header of the segment with that identity; returns it with its checksum.
@@ -354,4 +403,31 @@ pub fn log_id(term: u64, index: u64) -> LogId {
 /// The term of a log id.
 pub fn term_of(id: &LogId) -> u64 {
     id.committed_leader_id().term
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rewritten_frame_keeps_its_place_in_the_chain() {
+        let mut header = FrameHeader {
+            kind: EntryKind::Normal,
+            payload_bytes: 5,
+            previous_crc: 7,
+            term: 2,
+            index: 40,
+            synced_end: 40,
+            committed_end: 39,
+            payload_crc: 11,
+        };
+        for (identity, checksum) in [(1, 0), (77, u32::MAX), (u64::MAX, 0xdead_beef), (3, 1)] {
+            header.index += 1;
+            let bytes = header.encode_continued_by(identity, checksum);
+            assert_eq!(FrameHeader::decode(&bytes, identity), Ok((header, checksum)));
+        }
+        // Nothing is chosen where nothing was forgotten.
+        let (bytes, checksum) = header.encode(9);
+        assert_eq!(header.encode_continued_by(9, checksum), bytes);
+    }
 }

@@ -1,5 +1,7 @@
 //! Asking other replicas for an entry: the question, the answers, and what makes a copy acceptable.
 
+use std::{future::Future, pin::Pin};
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -60,4 +62,11 @@ impl EntryCopy {
             && self.payload.len() as u64 == u64::from(located.payload_bytes)
             && payload_crc(&self.payload) == located.payload_crc
     }
+}
+
+/// Finds entries that cannot be read here; set by the node, which asks its peers.
+pub trait EntryHealer: Send + Sync + 'static {
+    /// A copy of the entry, `None` when nobody has one. It is checked before it is used. May take its time: what
+    /// reads the log waits, and the Raft core goes on meanwhile.
+    fn heal(&self, question: EntryQuestion) -> Pin<Box<dyn Future<Output = Option<EntryCopy>> + Send + '_>>;
 }

@@ -1,19 +1,18 @@
 //! One log under random work that ends between any two changes of its disk, the changes of its own start
-//! included: by a power cut, by kill -9 (and a power cut later), or by a sync that fails; now and then one copy
-//! of the hard state rots meanwhile. What was
-//! acknowledged is there, what is there was asked for, and a refusal to start is only ever *ask*.
+//! included: by a power cut, by kill -9 (and a power cut later), by a sync that fails, or by any other change that
+//! fails, on ext4, XFS and Btrfs; now and then one copy of the hard state rots meanwhile. What was acknowledged is there, what is there was asked for, and a refusal to start is only ever *ask*.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout, missing_docs)]
 
 mod common;
 
 use std::{collections::BTreeMap, path::Path};
 
-use common::{append, contents, entry, open_sim};
+use common::{append, contents, entry, lockstep, options};
 use openraft::storage::RaftLogStorage;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stemedb_raft::{
     OpenError, Vote, WalStore,
-    disk::sim::{SimDisk, SyncFault},
+    disk::sim::{FileSystem, SimDisk, SyncFault},
     frame::log_id,
 };
 
@@ -126,15 +125,16 @@ enum Ending {
     PowerCut,
     Kill,
     FailedSync(SyncFault),
+    FailedChange,
 }
 
 impl Ending {
-    fn random(rng: &mut StdRng) -> Self {
+    fn random(rng: &mut StdRng, file_system: FileSystem) -> Self {
         match rng.random_range(0..5) {
             0 | 1 => Self::PowerCut,
             2 => Self::Kill,
-            3 => Self::FailedSync(SyncFault::PagesMarkedClean),
-            _ => Self::FailedSync(SyncFault::ContentsReverted),
+            3 => Self::FailedSync(file_system.sync_fault()),
+            _ => Self::FailedChange,
         }
     }
 
@@ -145,6 +145,7 @@ impl Ending {
         match self {
             Self::PowerCut | Self::Kill => sim.lose_power_after(changes),
             Self::FailedSync(fault) => sim.fail_sync_after(changes / 3, fault),
+            Self::FailedChange => sim.fail_change_after(changes, 5),
         }
     }
 
@@ -153,7 +154,7 @@ impl Ending {
         match self {
             Self::PowerCut => sim.power_cut(rng),
             Self::Kill => sim.kill(),
-            Self::FailedSync(_) => {
+            Self::FailedSync(_) | Self::FailedChange => {
                 sim.kill();
                 if rng.random_bool(0.5) {
                     sim.evict();
@@ -168,14 +169,20 @@ async fn nothing_acknowledged_is_lost() {
     let (mut opened, mut asks, mut ends) = (0, 0, 0);
     for seed in 0..seeds() {
         let mut rng = StdRng::seed_from_u64(seed);
-        let sim = SimDisk::new();
+        let file_system = FileSystem::ALL[seed as usize % 3];
+        let sim = SimDisk::with_file_system(file_system);
         let mut promises = Promises { term: 1, ..Promises::default() };
-        for _life in 0..8 {
-            let ending = Ending::random(&mut rng);
+        for life in 0..8 {
+            let ending = Ending::random(&mut rng, file_system);
+            // Half of the seeds are whole stories; the other half has the log's threads beside each other.
+            let options = match seed % 2 {
+                0 => lockstep(Path::new("/wal"), seed * 8 + life),
+                _ => options(Path::new("/wal")),
+            };
             ending.arm(&sim, &mut rng);
             let mut has_both_copies = false;
-            match open_sim(&sim) {
-                Ok(mut store) => {
+            match WalStore::open(sim.shared(), options) {
+                Ok((mut store, _)) => {
                     opened += 1;
                     has_both_copies = true;
                     check(&store, &mut promises, seed);

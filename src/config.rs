@@ -90,6 +90,13 @@ pub struct ClusterSection {
     pub park_commands_max: usize,
     /// Most bytes of parked commands.
     pub park_bytes_max: usize,
+    /// An operation of the disk that takes longer makes the node give leadership away and answer through others,
+    /// milliseconds.
+    pub stall_handoff_ms: u64,
+    /// One that takes longer makes it close its listeners and connections for good, milliseconds.
+    pub stall_fence_ms: u64,
+    /// 99th percentile of the log's syncs above which the disk counts as slow, milliseconds.
+    pub slow_fsync_ms: u64,
 }
 
 /// One node of `[[cluster.peers]]`.
@@ -251,6 +258,9 @@ impl Default for ClusterSection {
             request_deadline_ms: 10_000,
             park_commands_max: 10_000,
             park_bytes_max: 64 * 1024 * 1024,
+            stall_handoff_ms: 500,
+            stall_fence_ms: 10_000,
+            slow_fsync_ms: 100,
         }
     }
 }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{Registry, TextEncoder};
 
-pub use service::RaftFigures;
+pub use service::{DISK_STATES, RaftFigures};
 pub use storage::TreeFigures;
 
 use disk::DiskMetrics;

@@ -48,6 +48,13 @@ impl<S: Sync> FromRequestParts<S> for Asked {
     }
 }
 
+impl Asked {
+    /// Whether another node asks in place of its client.
+    pub fn was_passed_on(&self) -> bool {
+        self.passed_on
+    }
+}
+
 /// The answer of the first other node that has one; `None` when there is none until `deadline`.
 pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response> {
     if asked.passed_on {

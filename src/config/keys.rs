@@ -191,6 +191,24 @@ pub static KEYS: &[Key] = &[
         "Most bytes of waiting commands.",
     ),
     key(
+        "cluster",
+        "stall_handoff_ms",
+        number(|c| &mut c.cluster.stall_handoff_ms, 20, 60_000, "ms"),
+        "A sync or write that takes longer makes the node give leadership away and answer through others.",
+    ),
+    key(
+        "cluster",
+        "stall_fence_ms",
+        number(|c| &mut c.cluster.stall_fence_ms, 50, 600_000, "ms"),
+        "One that takes longer makes the node close its listeners and connections for good; above stall_handoff_ms.",
+    ),
+    key(
+        "cluster",
+        "slow_fsync_ms",
+        number(|c| &mut c.cluster.slow_fsync_ms, 1, 60_000, "ms"),
+        "99th percentile of the log's syncs from which on the disk counts as slow, and had better not lead.",
+    ),
+    key(
         "wal",
         "log_fsync_errors",
         Kind::Bool(|c| &mut c.wal.log_fsync_errors),

@@ -20,6 +20,7 @@ mod checkpoint_receive;
 mod checkpoint_send;
 pub mod core;
 pub mod disk;
+mod fence;
 mod files;
 mod formation;
 mod forward;
@@ -33,6 +34,7 @@ pub mod park;
 mod peers;
 pub mod process;
 pub mod proposer;
+mod proxy;
 mod read;
 mod read_index;
 pub mod rebuild_from_wal;
@@ -51,8 +53,11 @@ mod transport;
 pub mod upkeep;
 pub mod vital;
 mod watch;
+pub mod watchdog;
 
 use std::sync::{Arc, Weak};
+
+use tokio_util::sync::CancellationToken;
 
 use self::{core::Shared, process::Process};
 use crate::{
@@ -63,6 +68,7 @@ use crate::{
 };
 
 pub use self::{
+    fence::{ANSWER_MAX, Door},
     files::is_full,
     read::{Consistency, ReadError},
     start::{Ground, StartError},
@@ -141,9 +147,19 @@ impl Node {
         status::leads_with_quorum(&self.shared())
     }
 
-    /// Whether its disk has failed: it answers through others then.
+    /// Whether its disk has failed or hangs: it answers through others then.
     pub fn has_failed(&self) -> bool {
         self.shared().silenced().is_some()
+    }
+
+    /// Returns once that is so, with the reason.
+    pub async fn wait_silent(&self) -> String {
+        let shared = self.shared();
+        if let Some(why) = shared.silenced() {
+            return why;
+        }
+        shared.disk.silences().await;
+        shared.silenced().unwrap_or_default()
     }
 
     /// `host:port` of the HTTP listeners of the other members, the leader's first.
@@ -154,6 +170,27 @@ impl Node {
     /// Entries committed by the leader and not applied here; `None` without recent contact.
     pub fn replica_lag_entries(&self) -> Option<u64> {
         status::replica_lag(&self.shared())
+    }
+
+    /// Makes the listener for clients known to the fence. To be dropped together with it.
+    pub fn door(&self, listener: &tokio::net::TcpListener) -> std::io::Result<Door> {
+        self.process.fence.door(fence::Side::Clients, listener)
+    }
+
+    /// Cancelled when the disk has hung for so long that clients must not be served here any more: not one new
+    /// connection, and those that are open end with their request.
+    pub fn fenced(&self) -> CancellationToken {
+        self.process.fence.closed().clone()
+    }
+
+    /// To be called once that is done.
+    pub fn clients_are_gone(&self) {
+        self.process.fence.clients_are_gone();
+    }
+
+    /// Returns when what the node was fenced for has ended: the process can end, and must not go on.
+    pub async fn wait_fence_over(&self) {
+        self.process.fence.over().cancelled().await;
     }
 
     /// The node's name.

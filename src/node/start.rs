@@ -21,6 +21,7 @@ use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
     OpenError, WalHandle, WalStore,
     disk::{Disk, RealDisk},
+    io_times::IoTimes,
 };
 use tokio::{
     net::TcpListener,
@@ -31,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use super::{
     applier, bootstrap,
     core::{AssignRequest, Core, Shared},
+    disk::DiskWatch,
     files::FileError,
     formation::{self, Formed},
     forward::Forwarders,
@@ -110,6 +112,9 @@ pub enum StartError {
         /// The cause.
         source: io::Error,
     },
+    /// The peer listener could not be shared with the fence.
+    #[error("the peer listener: {0}")]
+    PeerPort(io::Error),
     /// Raft did not start.
     #[error("raft: {0}")]
     Raft(String),
@@ -134,11 +139,13 @@ pub struct Ground {
     pub disk: Arc<dyn Disk>,
     /// Who says how much room there is.
     pub space: Arc<dyn SpaceProbe>,
+    /// What the disk is busy with; one for a process.
+    pub io_times: Arc<IoTimes>,
 }
 
 impl Default for Ground {
     fn default() -> Ground {
-        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace) }
+        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace), io_times: Arc::default() }
     }
 }
 
@@ -321,7 +328,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
-        disk: watch::Sender::default(),
+        disk: DiskWatch::default(),
         space: process.space.clone(),
         admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
@@ -415,7 +422,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let network = Network::new(shared.peers.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
 
-    let (leader_raft, asking) = (raft.clone(), Arc::clone(&shared));
+    let (leader_raft, leading, asking) = (raft.clone(), Arc::clone(&shared), Arc::clone(&shared));
     let (vital, stop) = (&shared.vital, &shared.core_stop);
     let core = Core {
         proposer: Proposer::start(
@@ -425,7 +432,10 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
             vital,
             stop.clone(),
         ),
-        leader_rounds: Rounds::start(vital, stop.clone(), move || read_index::leader_round(leader_raft.clone())),
+        leader_rounds: Rounds::start(vital, stop.clone(), move || {
+            let (raft, shared) = (leader_raft.clone(), Arc::clone(&leading));
+            async move { read_index::leader_round(raft, move || shared.silenced()).await }
+        }),
         remote_rounds: Rounds::start(vital, stop.clone(), move || read::remote_round(Arc::clone(&asking))),
         raft,
         state,

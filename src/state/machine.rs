@@ -47,10 +47,11 @@ type Answer = (ApplyResponder<TypeConfig>, EntryOutcome);
 
 /// What decides over the commands of an entry. Deterministic; it reads, and returns what to write.
 pub trait EntryApplier: Send + Sync + 'static {
-    /// Applies one entry. Outcomes are in the order of the commands.
+    /// Applies the entry at `log_index`. Outcomes are in the order of the commands.
     fn apply(
         &mut self,
         read: &dyn StateRead,
+        log_index: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError>;
     /// What it keeps in memory, as rows; written just before the memtable is sealed.
@@ -236,7 +237,7 @@ impl<A: EntryApplier> StateMachine<A> {
 
     fn apply_commands(&mut self, log_id: &LogId, data: &[u8]) -> Result<EntryOutcome, io::Error> {
         let body = entry::decode(log_id, data)?;
-        let (batch, outcomes) = self.applier.apply(&self.engine.written(), &body).map_err(io::Error::other)?;
+        let (batch, outcomes) = self.applier.apply(&self.engine.written(), log_id.index, &body).map_err(io::Error::other)?;
         // Encoded before anything is written: an entry is applied whole or not at all.
         let outcome = entry::encode_outcomes(log_id, &outcomes)?;
         self.engine.write(&batch).map_err(io::Error::other)?;

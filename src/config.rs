@@ -32,6 +32,8 @@ pub struct Config {
     pub wal: WalSection,
     /// The tree that holds the applied state.
     pub storage: StorageSection,
+    /// Rebuilding this node from a replica.
+    pub rebuild: RebuildSection,
     /// Backups. Read and checked only: nothing makes backups yet.
     pub backup: BackupSection,
     /// The program's own log.
@@ -90,6 +92,8 @@ pub struct ClusterSection {
     pub park_commands_max: usize,
     /// Most bytes of parked commands.
     pub park_bytes_max: usize,
+    /// Whether this node rebuilds itself from a replica when its disk fails or its files are lost.
+    pub auto_rebuild: bool,
 }
 
 /// One node of `[[cluster.peers]]`.
@@ -137,6 +141,15 @@ pub struct StorageSection {
     pub memtable_mb: u64,
     /// Block cache, MiB.
     pub cache_mb: u64,
+}
+
+/// `[rebuild]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RebuildSection {
+    /// Most MB (10^6 bytes) a second that are fetched while the sender serves clients; 0: no limit.
+    pub throttle_mb_per_s: u64,
+    /// Days after which files in the quarantine go; `None`: never.
+    pub quarantine_days: Option<u32>,
 }
 
 /// `[backup]`
@@ -244,6 +257,7 @@ impl Default for ClusterSection {
             request_deadline_ms: 10_000,
             park_commands_max: 10_000,
             park_bytes_max: 64 * 1024 * 1024,
+            auto_rebuild: true,
         }
     }
 }
@@ -272,6 +286,12 @@ impl Default for StorageSection {
             memtable_mb: 16,
             cache_mb: 32,
         }
+    }
+}
+
+impl Default for RebuildSection {
+    fn default() -> Self {
+        RebuildSection { throttle_mb_per_s: 64, quarantine_days: Some(14) }
     }
 }
 

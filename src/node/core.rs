@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
     freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
-    proposer::Surroundings, read_index::Rounds, submit_rules::Leader, vital::Vital,
+    proposer::Surroundings, read_index::Rounds, rebuild::Need, submit_rules::Leader, vital::Vital,
 };
 use crate::{
     clock,
@@ -177,6 +177,8 @@ pub struct Shared {
     pub stop: CancellationToken,
     /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
     pub core_stop: CancellationToken,
+    /// What is wrong that a rebuild cures, once that is known.
+    pub need: watch::Sender<Option<Need>>,
     /// Why the core was ended on purpose, once that is so.
     pub retired: OnceLock<String>,
     /// The requests of clients that this incarnation has taken and not yet answered.
@@ -209,6 +211,9 @@ impl Shared {
     pub fn silenced(&self) -> Option<String> {
         if let Some(why) = self.retired.get() {
             return Some(why.clone());
+        }
+        if let Some(need) = &*self.need.borrow() {
+            return Some(need.why().to_owned());
         }
         if let Some(latched) = self.wal().and_then(WalHandle::latched) {
             return Some(latched.to_string());

@@ -34,6 +34,7 @@ pub mod process;
 pub mod proposer;
 mod read;
 mod read_index;
+pub mod rebuild;
 mod rpc_server;
 mod start;
 pub mod status;
@@ -46,7 +47,7 @@ mod watch;
 
 use std::sync::{Arc, Weak};
 
-use self::{core::Shared, process::Process};
+use self::{core::Shared, process::Process, rebuild::desk::Desk};
 use crate::{
     config::Config,
     metrics::{Metrics, RaftFigures, TreeFigures},
@@ -165,6 +166,11 @@ impl Node {
     /// What the engine holds and has done; `None` before the state is open or when it failed.
     pub fn engine_stats(&self) -> Option<crate::state::engine::lsm::EngineStats> {
         self.shared().core.get()?.state.engine().stats().ok()
+    }
+
+    /// Where a rebuild is ordered and its progress is read.
+    pub fn jobs(&self) -> &Desk {
+        &self.process.desk
     }
 
     /// Returns once the node has found out that it cannot serve or go on, with the reason: for

@@ -29,7 +29,7 @@ use super::{
     kinds::Kind,
     messages::{ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
     process::Process,
-    status,
+    rebuild, status,
 };
 use crate::clock;
 
@@ -102,6 +102,7 @@ impl ConnectionHandler for Connection {
         match kind {
             Kind::Probe => return now(probe(&shared)),
             Kind::Assign => return assign(shared, body).boxed(),
+            Kind::RebuildAsk => return rebuild::grant::ask(shared, body).boxed(),
             _ => {}
         }
         // The boot count must be durable here before anything is promised to its bearer.
@@ -154,7 +155,10 @@ impl Connection {
             Kind::CheckpointOpen => self.inbox.clone().open(body).boxed(),
             Kind::CheckpointChunk => self.inbox.clone().chunk(body).boxed(),
             Kind::CheckpointInstall => self.inbox.clone().install(shared, body).boxed(),
-            Kind::Probe | Kind::Assign | Kind::Status => now(Err(failed("handled before"))),
+            Kind::CheckpointOffer => Arc::clone(&self.process.offers).offer(shared, body).boxed(),
+            Kind::CheckpointFetch => Arc::clone(&self.process.offers).fetch(shared, body).boxed(),
+            Kind::RebuildStep => rebuild::grant::step(shared, body).boxed(),
+            Kind::Probe | Kind::Assign | Kind::RebuildAsk | Kind::Status => now(Err(failed("handled before"))),
         }
     }
 }

@@ -111,15 +111,17 @@ fn leader_info(membership: &StoredMembership, id: u64, own_id: u64) -> Option<Le
     Some(LeaderInfo { id, name: member.name.clone(), addr: member.peer_addr.clone(), here: id == own_id })
 }
 
-async fn go_on_as_proxy(shared: &Shared) {
-    let membership = Arc::clone(&shared.view.borrow().membership);
-    let own_id = shared.local.load().node_id;
-    let others: Vec<(u64, String)> = membership
-        .nodes()
-        .filter(|(id, _)| **id != own_id)
-        .map(|(id, member)| (*id, member.peer_addr.clone()))
-        .collect();
+/// Asks the others who leads, until the incarnation ends.
+pub async fn go_on_as_proxy(shared: &Shared) {
     while !shared.stop.is_cancelled() {
+        // Looked up each time: a proxy that has lost its state learns of the members later.
+        let membership = Arc::clone(&shared.view.borrow().membership);
+        let own_id = shared.local.load().node_id;
+        let others: Vec<(u64, String)> = membership
+            .nodes()
+            .filter(|(id, member)| **id != own_id && member.name != shared.name())
+            .map(|(id, member)| (*id, member.peer_addr.clone()))
+            .collect();
         let asked = others.iter().map(|(id, addr)| async { (*id, status::ask_status(shared, *id, addr).await.ok()) });
         let answers = join_all(asked).await;
         let (leader, term) = newest_leader(&answers);

@@ -237,7 +237,8 @@ impl<A: EntryApplier> StateMachine<A> {
 
     fn apply_commands(&mut self, log_id: &LogId, data: &[u8]) -> Result<EntryOutcome, io::Error> {
         let body = entry::decode(log_id, data)?;
-        let (batch, outcomes) = self.applier.apply(&self.engine.written(), log_id.index, &body).map_err(io::Error::other)?;
+        let (batch, outcomes) =
+            self.applier.apply(&self.engine.written(), log_id.index, &body).map_err(io::Error::other)?;
         // Encoded before anything is written: an entry is applied whole or not at all.
         let outcome = entry::encode_outcomes(log_id, &outcomes)?;
         self.engine.write(&batch).map_err(io::Error::other)?;
@@ -405,6 +406,15 @@ impl Shared {
         self.store.activate(&folder)?;
         Ok((engine, applier))
     }
+}
+
+/// Blocking. Makes the state of a node that starts afresh from the checkpoint in `kv.incoming`: `checkpoint/` and `kv/`
+/// below `data_dir`, which must not be there. The applied state is the checkpoint's.
+pub fn install_fresh(data_dir: &std::path::Path) -> Result<(), EngineError> {
+    let incoming = Checkpoint::load(&data_dir.join("kv.incoming"))?;
+    let checkpoint = Shelf::open(data_dir)?.adopt(incoming)?;
+    let store = StoreFolder::open(data_dir)?;
+    checkpoint.link_into(&store.active(), false)
 }
 
 fn to_snapshot(checkpoint: Checkpoint) -> SnapshotOf<TypeConfig, Checkpoint> {

@@ -47,7 +47,11 @@ mod watch;
 
 use std::sync::{Arc, Weak};
 
-use self::{core::Shared, process::Process, rebuild::desk::Desk};
+use self::{
+    core::Shared,
+    process::Process,
+    rebuild::{desk::Desk, quarantine::Quarantined},
+};
 use crate::{
     config::Config,
     metrics::{Metrics, RaftFigures, TreeFigures},
@@ -57,6 +61,10 @@ use crate::{
 
 pub use self::{
     read::{Consistency, ReadError},
+    rebuild::{
+        desk::{JobReport, JobState},
+        order::OrderError,
+    },
     start::{Ground, StartError},
     status::{ClusterReport, Health, MemberReport},
     submit::{SubmitError, Submitted},
@@ -168,7 +176,35 @@ impl Node {
         self.shared().core.get()?.state.engine().stats().ok()
     }
 
-    /// Where a rebuild is ordered and its progress is read.
+    /// Orders a rebuild of this node, from the named one alone if one is named. The answer is the job's id.
+    pub async fn order_rebuild(&self, from: Option<String>) -> Result<String, OrderError> {
+        rebuild::order::order(&self.process, from).await
+    }
+
+    /// `host:port` of the HTTP listener of another member, if it is known.
+    pub fn http_addr_of(&self, name: &str) -> Option<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        let listed = || self.process.peers.iter().find(|peer| peer.name == name).map(|peer| peer.http.clone());
+        let known = view.membership.nodes().map(|(_, m)| m).find(|m| m.name == name).map(|m| m.http_addr.clone());
+        known.or_else(listed).filter(|addr| !addr.is_empty())
+    }
+
+    /// Names of the other members.
+    pub fn other_names(&self) -> Vec<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        view.membership.nodes().map(|(_, m)| m.name.clone()).filter(|name| name != self.name()).collect()
+    }
+
+    /// What rebuilds have put away on this node, the oldest first.
+    pub async fn quarantine(&self) -> Result<Vec<Quarantined>, String> {
+        let (data_dir, days) = (self.process.config.node.data_dir.clone(), self.process.config.rebuild.quarantine_days);
+        let listed = tokio::task::spawn_blocking(move || rebuild::quarantine::list(&data_dir, days)).await;
+        listed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+    }
+
+    /// Where the progress of a rebuild is read.
     pub fn jobs(&self) -> &Desk {
         &self.process.desk
     }

@@ -5,7 +5,11 @@
 //! now. The grant itself is an entry: when it commits, a quorum without the asking node, whose core has ended, has
 //! everything before it. Every step is idempotent and is sent again to the next leader after a change.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -34,6 +38,9 @@ use crate::{
 /// A learner that lacks at most this many entries may become a voter: it gets them within milliseconds, and under
 /// load it always lacks some.
 const BEHIND_ENTRIES_MAX: u64 = 256;
+/// How long the others may take to flush what is committed as of now, and how often it is looked at.
+const FLUSHED_WAIT_MAX: Duration = Duration::from_secs(2);
+const FLUSHED_LOOK: Duration = Duration::from_millis(10);
 /// How long the leader waits for an entry or a change of the members. Past it the node asks again.
 const COMMIT_MAX: Duration = Duration::from_secs(10);
 
@@ -226,8 +233,6 @@ async fn look(
     membership: &StoredMembership,
     dry_run: bool,
 ) -> View {
-    let metrics = core.raft_metrics();
-    let replication = metrics.replication.clone().unwrap_or_default();
     let own_id = shared.local.load().node_id;
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
     let old_id = voter_named(membership, name);
@@ -241,20 +246,47 @@ async fn look(
     });
     let mut still_runs = false;
     let mut others = Vec::new();
-    for (id, other, status) in join_all(asked).await {
+    let answers = join_all(asked).await;
+    // Under load the end of the log is always on its way to somebody.
+    let flushed =
+        flushed_soon(shared, core, answers.iter().map(|(id, ..)| *id).filter(|id| Some(*id) != old_id), committed)
+            .await;
+    for (id, other, status) in answers {
         if Some(id) == old_id {
             // An answer under the old id: its core must have ended, or it could acknowledge after the grant.
             still_runs = !dry_run && status.is_ok_and(|s| s.role != Role::Starting.word());
             continue;
         }
-        let flushed = match id == own_id {
-            true => shared.wal().and_then(stemedb_raft::WalHandle::index_flushed),
-            false => replication.get(&id).copied().flatten().map(|matched| matched.index),
-        };
+        let flushed = flushed.get(&id).copied().flatten();
         others.push(OtherVoter { name: other, unwell: unwell(status), flushed });
     }
     let joint = is_joint(membership);
     View { name: name.to_owned(), old_id, still_runs, joint, voters: voters.len(), others, committed }
+}
+
+/// What each of `ids` has flushed, as soon as all of them have `committed`, or after a while.
+async fn flushed_soon(
+    shared: &Shared,
+    core: &Core,
+    ids: impl Iterator<Item = u64>,
+    committed: u64,
+) -> BTreeMap<u64, Option<u64>> {
+    let own_id = shared.local.load().node_id;
+    let ids: Vec<u64> = ids.collect();
+    let until = Instant::now() + FLUSHED_WAIT_MAX;
+    loop {
+        let replication = core.raft_metrics().replication.unwrap_or_default();
+        let one = |id: &u64| match *id == own_id {
+            true => shared.wal().and_then(stemedb_raft::WalHandle::index_flushed),
+            false => replication.get(id).copied().flatten().map(|matched| matched.index),
+        };
+        let flushed: BTreeMap<u64, Option<u64>> = ids.iter().map(|id| (*id, one(id))).collect();
+        let all = flushed.values().all(|index| index.is_some_and(|index| index >= committed));
+        if all || Instant::now() >= until {
+            return flushed;
+        }
+        tokio::time::sleep(FLUSHED_LOOK).await;
+    }
 }
 
 fn unwell(status: Result<StatusReply, String>) -> Option<String> {

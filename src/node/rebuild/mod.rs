@@ -17,6 +17,7 @@ pub mod grant;
 pub mod journal;
 pub mod messages;
 pub mod offer;
+pub mod order;
 pub mod probe;
 pub mod pull;
 pub mod quarantine;

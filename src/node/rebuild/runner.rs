@@ -47,7 +47,7 @@ const LEADER_REPLY_MAX: Duration = Duration::from_secs(12);
 /// How often the permit is renewed while files are fetched; it expires after an hour.
 const RENEW_INTERVAL: Duration = Duration::from_secs(600);
 /// A node whose files are good goes back to work when it gets no permit for this long.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
+const GIVE_UP_AFTER: Duration = Duration::from_secs(15);
 /// How often the quarantine is looked through.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(3_600);
 /// Starts of the new incarnation that may fail before everything is fetched anew.
@@ -99,6 +99,8 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         refused_since: None,
         starts_failed: 0,
         expire_at: Instant::now(),
+        healthy_before: false,
+        restarted: true,
     };
     if let Some(journal) = &runner.journal {
         tracing::info!(phase = journal.phase.word(), why = journal.why, "a rebuild goes on where it was");
@@ -120,6 +122,10 @@ struct Runner {
     refused_since: Option<Instant>,
     starts_failed: u32,
     expire_at: Instant,
+    /// Whether the incarnation was well when the rebuild was begun.
+    healthy_before: bool,
+    /// Whether the rebuild was begun by a process before this one.
+    restarted: bool,
 }
 
 /// Why the current incarnation should be rebuilt, if so.
@@ -320,6 +326,7 @@ impl Runner {
 
     async fn begin(&mut self, shared: &Arc<Shared>, order: Option<Order>) -> Done {
         let found = need(shared);
+        (self.healthy_before, self.restarted) = (found.is_none(), false);
         let ordered = order.as_ref().map(|order| order.job);
         let shown = self.desk.current().and_then(|job| uuid::Uuid::parse_str(&job.id).ok()).map(|id| id.as_u128());
         let cluster_id = (**shared.identity.load()).as_ref().map(|id| id.cluster_id).unwrap_or_default();
@@ -419,16 +426,19 @@ impl Runner {
                 Err(again(why))
             }
             AskReply::Refused(refusal) => self.refused(shared, &journal, refusal.to_string()).await,
-            AskReply::NotLeader { .. } => Err(again("no leader is known")),
-            AskReply::Failed(why) => Err(again(why)),
+            AskReply::NotLeader { .. } => self.refused(shared, &journal, "no leader is known".into()).await,
+            AskReply::Failed(why) => self.refused(shared, &journal, why).await,
         }
     }
 
     /// A node whose own files are good goes back to work when it is refused for long.
     async fn refused(&mut self, shared: &Arc<Shared>, journal: &Journal, why: String) -> Done {
         let since = *self.refused_since.get_or_insert_with(Instant::now);
-        let files_are_good = !journal.emptied && !journal.automatic && need(shared).is_none();
-        if !files_are_good || since.elapsed() < GIVE_UP_AFTER {
+        let healthy = !journal.automatic && self.healthy_before;
+        // After a restart the log is looked at anew: what it says of itself counts, and without it two nodes that
+        // failed at once would wait for each other for ever.
+        let may_go_back = !journal.emptied && (healthy || self.restarted);
+        if !may_go_back || since.elapsed() < GIVE_UP_AFTER {
             return Err(again(format!("no permit yet: {why}")));
         }
         tracing::warn!("the rebuild is given up, and the node goes back to work: {why}");

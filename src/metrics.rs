@@ -7,6 +7,7 @@
 
 pub mod observers;
 mod process;
+mod rebuild;
 mod register;
 mod service;
 mod storage;
@@ -17,10 +18,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{Registry, TextEncoder};
 
+pub use rebuild::RebuildFigures;
 pub use service::RaftFigures;
 pub use storage::TreeFigures;
 
 use process::Process;
+use rebuild::RebuildMetrics;
 use register::Register;
 use service::ServiceMetrics;
 use storage::StorageMetrics;
@@ -33,6 +36,7 @@ pub struct Metrics {
     wal: WalMetrics,
     storage: StorageMetrics,
     service: ServiceMetrics,
+    rebuild: RebuildMetrics,
     before_scrape: Mutex<Option<Hook>>,
 }
 
@@ -45,13 +49,14 @@ impl Metrics {
         let wal = WalMetrics::new(&mut register);
         let storage = StorageMetrics::new(&mut register);
         let service = ServiceMetrics::new(&mut register);
+        let rebuild = RebuildMetrics::new(&mut register);
         register
             .gauges("stemedb_build_info", "Version of the program; always 1.", &["version"])
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .set(1);
         register.collector(Process::names(), Process::new());
         let Register { registry, names } = register;
-        Metrics { registry, names, wal, storage, service, before_scrape: Mutex::new(None) }
+        Metrics { registry, names, wal, storage, service, rebuild, before_scrape: Mutex::new(None) }
     }
 
     /// Runs `hook` at the beginning of each scrape; it may call the `set_…` functions and must not

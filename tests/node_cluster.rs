@@ -34,6 +34,8 @@ fn config(dir: &Path, peers: &[PeerEntry], i: usize) -> Arc<Config> {
     config.cluster.bootstrap_expect = u32::try_from(peers.len()).unwrap();
     config.wal.segment_size_mb = 1;
     config.wal.retain_mb = 1;
+    // What happens then is for `tests/rebuild`.
+    config.cluster.auto_rebuild = false;
     // Two cores run three nodes and other tests: elections by overload are not what is tested here.
     config.cluster.heartbeat_ms = 100;
     config.cluster.election_min_ms = 600;

@@ -178,7 +178,7 @@ pub struct HistoryAnswer {
 /// What a node says of itself.
 #[derive(ToSchema)]
 pub struct HealthAnswer {
-    /// `ok`, `starting`, `failed` or `stopping`.
+    /// `ok`, `starting`, `rebuilding`, `failed` or `stopping`.
     pub status: String,
     /// The node's name.
     pub name: String,

@@ -20,9 +20,22 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
-    freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
-    proposer::Surroundings, read_index::Rounds, rebuild::Need, submit_rules::Leader, vital::Vital,
+    applier::NodeApplier,
+    boots::SeenBoots,
+    bootstrap::Assignment,
+    disk::DiskHealth,
+    forward::Forwarders,
+    freshness::Freshness,
+    identity::Identity,
+    log_time::Applied,
+    park::Park,
+    peers::Peers,
+    proposer::Proposer,
+    proposer::Surroundings,
+    read_index::Rounds,
+    rebuild::{Need, desk::Desk},
+    submit_rules::Leader,
+    vital::Vital,
 };
 use crate::{
     clock,
@@ -177,6 +190,8 @@ pub struct Shared {
     pub stop: CancellationToken,
     /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
     pub core_stop: CancellationToken,
+    /// Where the rebuild of this node shows its progress.
+    pub desk: Arc<Desk>,
     /// What is wrong that a rebuild cures, once that is known.
     pub need: watch::Sender<Option<Need>>,
     /// Why the core was ended on purpose, once that is so.

@@ -54,7 +54,7 @@ use self::{
 };
 use crate::{
     config::Config,
-    metrics::{Metrics, RaftFigures, TreeFigures},
+    metrics::{Metrics, RaftFigures, RebuildFigures, TreeFigures},
     state::command::{CommandKey, Operation},
     store_helpers::StoreView,
 };
@@ -230,6 +230,14 @@ impl Node {
 
 fn fill_metrics(process: &Weak<Process>, metrics: &Metrics) {
     let Some(shared) = process.upgrade().and_then(|process| process.current()) else { return };
+    let job = shared.desk.current();
+    metrics.set_rebuild(job.map_or_else(RebuildFigures::default, |job| RebuildFigures {
+        running: true,
+        waiting: job.state == JobState::Waiting,
+        bytes_done: job.bytes_done,
+        bytes_total: job.bytes_total,
+        entries_behind: job.entries_behind.unwrap_or_default(),
+    }));
     metrics.set_parked(shared.park.commands_held(), shared.park.bytes_held());
     let Some(wal) = shared.wal() else { return };
     metrics.set_wal(wal.bytes_on_disk(), wal.segment_count());

@@ -353,6 +353,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         leaving: AtomicBool::new(false),
         core_stop: stop.child_token(),
         stop,
+        desk: Arc::clone(&process.desk),
         need: watch::Sender::new(None),
         retired: OnceLock::new(),
         requests: TaskTracker::new(),
@@ -509,7 +510,14 @@ async fn catch_up(shared: Arc<Shared>) {
     let reached = async {
         loop {
             let deadline = tokio::time::Instant::now() + CATCH_UP_ROUND;
-            let Ok(index) = read::read_index_until(&shared, deadline).await else { continue };
+            let Ok(index) = read::read_index_until(&shared, deadline).await else {
+                // While the node stops it fails at once: without this the loop would never give way.
+                if shared.stop.is_cancelled() {
+                    return;
+                }
+                tokio::task::yield_now().await;
+                continue;
+            };
             // The index is the goal from here on, however long it takes.
             let Some(core) = shared.core.get() else { return };
             let mut published = core.state.published();

@@ -15,6 +15,7 @@ use super::{
     disk::{DiskHealth, DiskState},
     kinds::Kind,
     messages::{Lag, StatusReply, pack, unpack},
+    rebuild::desk::JobState,
 };
 use crate::clock;
 
@@ -27,7 +28,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// `/v1/health`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Health {
-    /// `ok`, `starting`, `failed` or `stopping`.
+    /// `ok`, `starting`, `rebuilding`, `failed` or `stopping`.
     pub status: String,
     /// Name of the node.
     pub name: String,
@@ -105,6 +106,7 @@ pub fn health(shared: &Shared) -> Health {
     let disk = shared.disk.borrow().clone();
     let status = match () {
         () if is_stopping(shared) => "stopping",
+        () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
         () if disk.state == DiskState::Failed || shared.vital.ended().is_some() => "failed",
         () if shared.core.get().is_none() => "starting",
         () => "ok",

@@ -108,7 +108,7 @@ impl Machine {
     pub fn refused(&mut self, op: Operation) -> Refusal {
         match self.run(op) {
             Outcome::Refused(refusal) => refusal,
-            Outcome::Applied(receipts) => panic!("applied: {receipts:?}"),
+            other => panic!("{other:?}"),
         }
     }
     pub fn assert(&mut self, path: &str, predicate: &str, value: &str) -> Receipt {

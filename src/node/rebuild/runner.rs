@@ -669,6 +669,7 @@ impl Runner {
                 self.folder_good = false;
                 self.desk.show(|job| job.entries_behind = Some(0));
                 self.desk.end(JobState::Finished, None);
+                self.process.metrics.rebuild_finished();
                 tracing::warn!(?fresh_id, "this node has rebuilt itself and votes again");
                 Ok(())
             }

@@ -38,6 +38,7 @@ mod listing;
 pub mod local_cluster;
 mod local_config;
 pub mod output;
+pub mod rebuild;
 pub mod serve;
 pub mod status;
 mod stdin_watch;
@@ -129,6 +130,8 @@ enum Command {
     Dev(dev::DevArgs),
     /// Show the cluster's nodes
     Status(status::StatusArgs),
+    /// Make a node anew from a replica
+    Rebuild(rebuild::RebuildArgs),
     /// Load a file of assertions, exactly once, resumable
     Import(import::ImportArgs),
     /// Compare what the cluster holds with a file that was imported
@@ -217,6 +220,7 @@ fn run(command: Command) -> ExitCode {
             Command::Serve(args) => return serve_node(&args).await,
             Command::Dev(args) => dev::run(&args).await,
             Command::Status(args) => status::run(&args).await,
+            Command::Rebuild(args) => rebuild::run(&args).await,
             Command::Import(args) => import::run(&args).await,
             Command::ImportCheck(args) => import_check::run(&args).await,
             Command::Bench(args) => bench::run(&args).await,

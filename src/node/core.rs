@@ -33,6 +33,7 @@ use super::{
     proposer::Proposer,
     proposer::Surroundings,
     read_index::Rounds,
+    rebuild::{Need, desk::Desk},
     room::Admission,
     space_watch::SpaceWatch,
     submit_rules::Leader,
@@ -199,6 +200,10 @@ pub struct Shared {
     pub stop: CancellationToken,
     /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
     pub core_stop: CancellationToken,
+    /// Where the rebuild of this node shows its progress.
+    pub desk: Arc<Desk>,
+    /// What is wrong that a rebuild cures, once that is known.
+    pub need: watch::Sender<Option<Need>>,
     /// Why the core was ended on purpose, once that is so.
     pub retired: OnceLock<String>,
     /// The requests of clients that this incarnation has taken and not yet answered.
@@ -231,6 +236,9 @@ impl Shared {
     pub fn silenced(&self) -> Option<String> {
         if let Some(why) = self.retired.get() {
             return Some(why.clone());
+        }
+        if let Some(need) = &*self.need.borrow() {
+            return Some(need.why().to_owned());
         }
         if let Some(latched) = self.wal().and_then(WalHandle::latched) {
             return Some(latched.to_string());

@@ -37,6 +37,7 @@ pub mod proposer;
 mod proxy;
 mod read;
 mod read_index;
+pub mod rebuild;
 pub mod rebuild_from_wal;
 mod repair;
 pub mod room;
@@ -59,10 +60,14 @@ use std::sync::{Arc, Weak};
 
 use tokio_util::sync::CancellationToken;
 
-use self::{core::Shared, process::Process};
+use self::{
+    core::Shared,
+    process::Process,
+    rebuild::{desk::Desk, quarantine::Quarantined},
+};
 use crate::{
     config::Config,
-    metrics::{Metrics, RaftFigures, TreeFigures},
+    metrics::{Metrics, RaftFigures, RebuildFigures, TreeFigures},
     state::command::{CommandKey, Operation},
     store_helpers::StoreView,
 };
@@ -71,6 +76,10 @@ pub use self::{
     fence::{ANSWER_MAX, Door},
     files::is_full,
     read::{Consistency, ReadError},
+    rebuild::{
+        desk::{JobReport, JobState},
+        order::OrderError,
+    },
     start::{Ground, StartError},
     status::{ClusterReport, Health, MemberReport},
     submit::{SubmitError, Submitted, shortages_text},
@@ -213,6 +222,39 @@ impl Node {
         self.shared().core.get()?.state.engine().stats().ok()
     }
 
+    /// Orders a rebuild of this node, from the named one alone if one is named. The answer is the job's id.
+    pub async fn order_rebuild(&self, from: Option<String>) -> Result<String, OrderError> {
+        rebuild::order::order(&self.process, from).await
+    }
+
+    /// `host:port` of the HTTP listener of another member, if it is known.
+    pub fn http_addr_of(&self, name: &str) -> Option<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        let listed = || self.process.peers.iter().find(|peer| peer.name == name).map(|peer| peer.http.clone());
+        let known = view.membership.nodes().map(|(_, m)| m).find(|m| m.name == name).map(|m| m.http_addr.clone());
+        known.or_else(listed).filter(|addr| !addr.is_empty())
+    }
+
+    /// Names of the other members.
+    pub fn other_names(&self) -> Vec<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        view.membership.nodes().map(|(_, m)| m.name.clone()).filter(|name| name != self.name()).collect()
+    }
+
+    /// What rebuilds have put away on this node, the oldest first.
+    pub async fn quarantine(&self) -> Result<Vec<Quarantined>, String> {
+        let (data_dir, days) = (self.process.config.node.data_dir.clone(), self.process.config.rebuild.quarantine_days);
+        let listed = tokio::task::spawn_blocking(move || rebuild::quarantine::list(&data_dir, days)).await;
+        listed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+    }
+
+    /// Where the progress of a rebuild is read.
+    pub fn jobs(&self) -> &Desk {
+        &self.process.desk
+    }
+
     /// Returns once the node has found out that it cannot serve or go on, with the reason: for
     /// example that a cluster exists already, or that one of its tasks has died.
     pub async fn wait_fatal(&self) -> String {
@@ -234,6 +276,14 @@ impl Node {
 
 fn fill_metrics(process: &Weak<Process>, metrics: &Metrics) {
     let Some(shared) = process.upgrade().and_then(|process| process.current()) else { return };
+    let job = shared.desk.current();
+    metrics.set_rebuild(job.map_or_else(RebuildFigures::default, |job| RebuildFigures {
+        running: true,
+        waiting: job.state == JobState::Waiting,
+        bytes_done: job.bytes_done,
+        bytes_total: job.bytes_total,
+        entries_behind: job.entries_behind.unwrap_or_default(),
+    }));
     metrics.set_parked(shared.park.commands_held(), shared.park.bytes_held());
     let Some(wal) = shared.wal() else { return };
     metrics.set_wal(wal.bytes_on_disk(), wal.segment_count());

@@ -28,6 +28,7 @@ use super::{
     fence::{Fence, Side},
     identity::FolderLock,
     park::Park,
+    rebuild::{self, desk::Desk, journal::Journal, offer::Offers},
     room_watch,
     rpc_server::PeerService,
     space_watch::SpaceWatch,
@@ -36,6 +37,7 @@ use super::{
     watchdog,
 };
 use crate::{
+    admin::rebuild::Phase,
     config::{Config, PeerEntry},
     metrics::Metrics,
 };
@@ -69,6 +71,10 @@ pub struct Process {
     pub fence: Arc<Fence>,
     /// Cancelled when the process stops; every incarnation ends with it.
     pub stop: CancellationToken,
+    /// Where a rebuild is asked for and shown.
+    pub desk: Arc<Desk>,
+    /// Checkpoints offered to nodes that rebuild.
+    pub offers: Arc<Offers>,
     /// Tasks of the process, and why the node cannot go on at all, once that is so.
     pub vital: Vital,
     current: ArcSwapOption<Shared>,
@@ -80,6 +86,7 @@ impl Process {
     pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Process>, StartError> {
         let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
         let boots = SeenBoots::open(&config.node.data_dir)?;
+        let journal = Journal::load(&config.node.data_dir)?;
         let listener = match ground.peer_listener {
             Some(listener) => listener,
             None => start::bind(&config.peer_listen()).await?,
@@ -96,6 +103,8 @@ impl Process {
             io_times: ground.io_times,
             fence: Arc::default(),
             stop: CancellationToken::new(),
+            desk: Arc::default(),
+            offers: Arc::default(),
             vital: Vital::default(),
             current: ArcSwapOption::empty(),
             lock: Mutex::new(Some(lock)),
@@ -108,8 +117,18 @@ impl Process {
         watchdog::start(&process).map_err(no_thread)?;
         process.serve_peers(listener).map_err(StartError::PeerPort)?;
         process.watch_space();
-        match start::incarnate(&process, |shared| process.current.store(Some(Arc::clone(shared)))).await {
-            Ok(_) => Ok(process),
+        let early = |shared: &Arc<Shared>| process.current.store(Some(Arc::clone(shared)));
+        let incarnated = match &journal {
+            // From here to there no core may run under the old id.
+            Some(journal) if journal.phase < Phase::Installed => start::incarnate_proxy(&process, journal, early),
+            _ => start::incarnate(&process, early).await,
+        };
+        match incarnated {
+            Ok(_) => {
+                let rebuilding = rebuild::run(Arc::clone(&process), journal);
+                process.vital.spawn("the task that rebuilds the node", rebuilding);
+                Ok(process)
+            }
             Err(error) => {
                 process.shutdown().await;
                 Err(error)

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures_util::future::join_all;
 use stemedb_net::Lane;
 use stemedb_raft::{
-    Electorate, EntryAnswer, EntryQuestion, LostLog, OpenError, OpenStep, PendingLog, WalOptions, WalStore,
+    Electorate, EntryAnswer, EntryQuestion, LostLog, OpenError, OpenStep, PendingLog, WalStore,
     types::{Member, StoredMembership},
 };
 
@@ -55,11 +55,7 @@ pub struct Asking {
 /// Opens the log, or finds out what it lacks. A log that is beyond repair, or of a single voter, is refused.
 pub async fn begin(process: &Process, shared: &Shared) -> Result<Begun, StartError> {
     let config = &process.config;
-    let mut options = WalOptions::new(config.wal_dir());
-    options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
-    options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
-    options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
-    options.observer = Arc::<crate::metrics::Metrics>::clone(&process.metrics);
+    let options = super::start::wal_options(process);
     let (disk, checkpoint_dir) = (Arc::clone(&process.disk), config.node.data_dir.join("checkpoint"));
     let step = blocking(move || WalStore::begin_open(disk, options)).await??;
     let OpenStep::AskPeers(pending) = step else { return Ok(Begun::Open(opened(step)?)) };
@@ -120,7 +116,7 @@ fn must_rebuild(lost: &LostLog) -> StartError {
     for damage in &lost.damage {
         tracing::error!("{damage}");
     }
-    StartError::Wal(OpenError::Refuse(format!("{}. This node must be rebuilt from a replica", lost.why)))
+    StartError::Lost(format!("{}: this node must be rebuilt from a replica", lost.why))
 }
 
 impl Asking {

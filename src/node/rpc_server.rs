@@ -31,7 +31,7 @@ use super::{
         EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, unpack,
     },
     process::Process,
-    repair, status,
+    rebuild, repair, status,
 };
 use crate::clock;
 
@@ -104,6 +104,7 @@ impl ConnectionHandler for Connection {
         match kind {
             Kind::Probe => return now(probe(&shared)),
             Kind::Assign => return assign(shared, body).boxed(),
+            Kind::RebuildAsk => return rebuild::grant::ask(shared, body).boxed(),
             _ => {}
         }
         // The boot count must be durable here before anything is promised to its bearer.
@@ -160,7 +161,12 @@ impl Connection {
             Kind::CheckpointOpen => self.inbox.clone().open(body).boxed(),
             Kind::CheckpointChunk => self.inbox.clone().chunk(body).boxed(),
             Kind::CheckpointInstall => self.inbox.clone().install(shared, body).boxed(),
-            Kind::Probe | Kind::Assign | Kind::Status | Kind::Entries => now(Err(failed("handled before"))),
+            Kind::CheckpointOffer => Arc::clone(&self.process.offers).offer(shared, body).boxed(),
+            Kind::CheckpointFetch => Arc::clone(&self.process.offers).fetch(shared, body).boxed(),
+            Kind::RebuildStep => rebuild::grant::step(shared, body).boxed(),
+            Kind::Probe | Kind::Assign | Kind::RebuildAsk | Kind::Status | Kind::Entries => {
+                now(Err(failed("handled before")))
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use super::{
     disk::DiskHealth,
     kinds::Kind,
     messages::{Lag, StatusReply, pack, unpack},
+    rebuild::desk::JobState,
 };
 use crate::clock;
 
@@ -109,6 +110,7 @@ pub fn health(shared: &Shared) -> Health {
     let disk = shared.disk.health();
     let status = match () {
         () if is_stopping(shared) => "stopping",
+        () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
         () if shared.vital.ended().is_some() => "failed",
         () if disk.state.silences() => disk.state.word(),
         () if shared.silenced().is_some() => "failed",

@@ -290,6 +290,13 @@ fn decode_manifest(bytes: &[u8]) -> Result<Body, EngineError> {
     Ok(body)
 }
 
+/// The files that a manifest lists.
+///
+/// Errors: `Damaged` for a manifest that is none.
+pub fn announced_files(manifest: &[u8]) -> Result<Vec<CheckpointFile>, EngineError> {
+    Ok(decode_manifest(manifest)?.files)
+}
+
 /// A checkpoint that is not on this disk yet: its manifest, checked, and the folder it will be in.
 pub(crate) fn announced(dir: &Path, manifest: &[u8]) -> Result<Checkpoint, EngineError> {
     Ok(Checkpoint::with_body(dir, decode_manifest(manifest)?))

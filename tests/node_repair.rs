@@ -53,7 +53,7 @@ impl Cluster {
         config.cluster.heartbeat_ms = 100;
         config.cluster.election_min_ms = 600;
         config.cluster.election_max_ms = 1_200;
-        let ground = Ground { peer_listener: Some(listener), disk: self.disks[i].shared() };
+        let ground = Ground { peer_listener: Some(listener), disk: self.disks[i].shared(), ..Ground::default() };
         Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await
     }
 

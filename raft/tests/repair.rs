@@ -345,7 +345,7 @@ async fn a_torn_tail_is_cut_only_when_every_other_voter_never_had_it() {
     waits(try_with(&[], &[(2, ends_at.clone()), (3, differs_there.clone())]));
     waits(try_with(&[1, 2, 3], &[(2, ends_at), (3, EntrySource::lost())]));
     // Two torn logs and one that ends before: all three come up without it.
-    let both = vec![sim.fork(), sim.fork()];
+    let both = [sim.fork(), sim.fork()];
     let torn_there = pending(&both[1]).source();
     let found = ask_once(pending(&both[0]), 1, &[1, 2, 3], &[(2, torn_there), (3, ends.handle().source())]);
     let Found::Ready(store, _) = found else { panic!("torn above D counts as never") };

@@ -166,7 +166,7 @@ async fn every_change_that_fails_is_the_last_one() {
 async fn until_latched(store: &WalStore) -> stemedb_raft::Latched {
     let mut latched = store.handle().watch_latched();
     let patience = Duration::from_secs(60);
-    let found = tokio::time::timeout(patience, latched.wait_for(Option::is_some)).await.expect("it never latched");
+    let found = tokio::time::timeout(patience, latched.wait_for(Option::is_some)).await.unwrap();
     found.unwrap().clone().unwrap()
 }
 

@@ -72,7 +72,7 @@ async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
         config.cluster.election_max_ms = 1_200;
         // However slow the machine is, a request gets its answer.
         config.cluster.request_deadline_ms = 60_000;
-        let ground = Ground { peer_listener: Some(peer), disk: disks[i].shared() };
+        let ground = Ground { peer_listener: Some(peer), disk: disks[i].shared(), ..Ground::default() };
         let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
         addrs.push(http.local_addr().unwrap());
         tokio::spawn(api::serve(http, Arc::clone(&node), stop.clone()));

@@ -69,6 +69,8 @@ pub struct NodePlan {
     pub http_port: u16,
     /// Port of the peer listener on 127.0.0.1.
     pub peer_port: u16,
+    /// What the process prints goes there: `DIR/node-i/log`, unless the caller changes it.
+    pub log: PathBuf,
 }
 
 impl NodePlan {
@@ -92,9 +94,9 @@ impl NodePlan {
         self.dir.join("api.toml")
     }
 
-    /// `DIR/node-i/log`.
+    /// Where the process prints to.
     pub fn log_file(&self) -> PathBuf {
-        self.dir.join("log")
+        self.log.clone()
     }
 }
 
@@ -116,7 +118,8 @@ pub fn plan(dir: &Path, nodes: usize, port: u16) -> Result<Vec<NodePlan>, CliErr
                 )));
             };
             let name = format!("node-{number}");
-            Ok(NodePlan { dir: dir.join(&name), name, http_port, peer_port })
+            let dir = dir.join(&name);
+            Ok(NodePlan { log: dir.join("log"), dir, name, http_port, peer_port })
         })
         .collect()
 }
@@ -244,6 +247,12 @@ impl LocalCluster {
             }
         }
         Ok(())
+    }
+
+    /// Sends a signal to a running node and waits for nothing.
+    pub fn signal(&self, node: usize, sent: Signal) -> Result<(), CliError> {
+        let pid = self.pid(node).ok_or_else(|| CliError::Local(format!("node {node} is not running")))?;
+        signal(pid, sent)
     }
 
     /// kill -9, and waits until the process is gone.

@@ -173,6 +173,7 @@ mod tests {
             disk: DiskHealth::default(),
             version: "0".into(),
             replication: None,
+            room: Default::default(),
         };
         (id, Some(status))
     }

@@ -284,6 +284,12 @@ pub static KEYS: &[Key] = &[
     ),
     key(
         "storage",
+        "scrub_mb_per_s",
+        number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
+        "How fast everything on the disk is read again once a day and compared with its hash; 0 turns it off.",
+    ),
+    key(
+        "storage",
         "low_water_mb",
         number(|c| &mut c.storage.low_water_mb, 0, 1024 * 1024, "MiB"),
         "Free space below which writes are refused with 507, until there is half as much again; 0 means 2 % of the \
@@ -296,12 +302,6 @@ pub static KEYS: &[Key] = &[
         number(|c| &mut c.storage.ballast_mb, 0, 1024 * 1024, "MiB"),
         "Most space taken beforehand by the file ballast, which is let go when the disk is full; never more than 1 % \
          of the disk, 0 for none.",
-    ),
-    key(
-        "storage",
-        "scrub_mb_per_s",
-        number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
-        "How fast everything on the disk is read again once a day and compared with its hash; 0 turns it off.",
     ),
     not_yet(
         key(

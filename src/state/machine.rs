@@ -44,7 +44,8 @@ use store::StoreFolder;
 const BATCH_ENTRIES_MAX: usize = 64;
 /// Entries above this size are applied with the runtime told that the thread will be busy.
 const BUSY_ENTRY_BYTES: usize = 64 * 1024;
-/// Room beside the memtable that must be free before an optional snapshot is begun, bytes.
+/// Room beside the memtable that must be free before an optional snapshot is begun, bytes; on a small disk a
+/// sixteenth of it.
 const SNAPSHOT_SPARE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Who waits for an entry, and what it will hear.
@@ -332,10 +333,7 @@ impl<A: EntryApplier> StateMachine<A> {
     /// Whether an optional snapshot is better left for later.
     fn defers_snapshot(&self) -> bool {
         match self.engine.stats() {
-            Ok(stats) => {
-                stats.disk_full
-                    || !self.shared.store.has_room(stats.memtable_bytes.saturating_add(SNAPSHOT_SPARE_BYTES))
-            }
+            Ok(stats) => stats.disk_full || !self.shared.store.has_room(stats.memtable_bytes, SNAPSHOT_SPARE_BYTES),
             Err(_) => false, // building it reports the failure
         }
     }

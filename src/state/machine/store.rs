@@ -149,9 +149,13 @@ impl StoreFolder {
         foreign::list(&self.dir, |name| name == POINTER || tree_number(name).is_some()).unwrap_or_default()
     }
 
-    /// True when this many bytes are free, and when nobody can tell.
-    pub(super) fn has_room(&self, bytes: u64) -> bool {
-        rustix::fs::statvfs(&self.dir).map_or(true, |stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= bytes)
+    /// True when this many bytes are free and the spare ones beside them, or a sixteenth of the disk if that is
+    /// less; and when nobody can tell.
+    pub(super) fn has_room(&self, bytes: u64, spare_bytes: u64) -> bool {
+        rustix::fs::statvfs(&self.dir).map_or(true, |stat| {
+            let spare_bytes = spare_bytes.min(stat.f_blocks.saturating_mul(stat.f_frsize) / 16);
+            stat.f_bavail.saturating_mul(stat.f_frsize) >= bytes.saturating_add(spare_bytes)
+        })
     }
 
     fn tree(&self, number: u64) -> PathBuf {

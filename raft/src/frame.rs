@@ -33,10 +33,18 @@ pub const FRAME_ALIGN: u64 = 8;
 pub const HEADER_BYTES: usize = 96;
 /// Bytes that a mark uses of its block.
 pub const MARK_BYTES: usize = 48;
+/// Where the two copies of a cut record lie, behind those of the header.
+pub const CUT_OFFSETS: [u64; 2] = [1024, 5120];
+/// Bytes of a cut record.
+pub const CUT_BYTES: usize = 32;
 
 const HEADER_MAGIC: [u8; 8] = *b"STEMEWAL";
 const MARK_MAGIC: [u8; 8] = *b"STEMMARK";
 const FRAME_MAGIC: u32 = 0x4d45_5453; // "STEM"
+const CUT_MAGIC: [u8; 8] = *b"STEMECUT";
+/// Set in the kind of a frame that was written again by a repair. A program that knows no repaired frames takes it
+/// for a damaged one, which is safe.
+const REPAIRED: u8 = 0x80;
 
 /// Rows of a segment: one for every 512 bytes of it, so that a segment of entries of common size is
 /// full before its rows are used up; when rows run out first, the log rolls to the next segment.
@@ -84,6 +92,16 @@ pub struct Mark {
     pub synced_end: u64,
     /// One more than the last index known committed; 0: none. A hint.
     pub committed_end: u64,
+}
+
+/// Left in a segment by the tool that cut it: what is at and above `from` was there and is not any more. A log that
+/// carries it has forgotten entries that it may have acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CutRecord {
+    /// First index that was cut.
+    pub from: u64,
+    /// One more than the last index of which the segment had a trace.
+    pub end: u64,
 }
 
 /// The identifier of one entry, kept megabytes away from its frame.
@@ -296,25 +314,71 @@ impl Row {
     }
 }
 
+impl CutRecord {
+    /// The record's bytes, to be written at both [`CUT_OFFSETS`].
+    pub fn encode(&self, identity: u64) -> [u8; CUT_BYTES] {
+        let mut buf = [0; CUT_BYTES];
+        Put(&mut buf, 0).bytes(&CUT_MAGIC).u64(self.from).u64(self.end);
+        let sum = crc(identity, buf.get(..CUT_BYTES - 4).unwrap_or_default());
+        Put(&mut buf, CUT_BYTES - 4).u32(sum);
+        buf
+    }
+
+    /// Reads a record of the segment with that identity.
+    pub fn decode(bytes: &[u8], identity: u64) -> Result<Self, Invalid> {
+        let bytes = bytes.get(..CUT_BYTES).ok_or(Invalid::Damaged)?;
+        if is_zero(bytes) {
+            return Err(Invalid::Zero);
+        }
+        let (body, sum) = split_crc(bytes, CUT_BYTES - 4)?;
+        if bytes.get(..8) != Some(&CUT_MAGIC) || sum != crc(identity, body) {
+            return Err(Invalid::Damaged);
+        }
+        Ok(Self { from: get_u64(bytes, 8), end: get_u64(bytes, 16) })
+    }
+}
+
+impl EntryKind {
+    /// The number that stands for the kind on the disk and between nodes.
+    pub fn to_byte(self) -> u8 {
+        match self {
+            EntryKind::Blank => 1,
+            EntryKind::Normal => 2,
+            EntryKind::Membership => 3,
+        }
+    }
+
+    /// The kind of a number.
+    pub fn of(byte: u8) -> Option<Self> {
+        [EntryKind::Blank, EntryKind::Normal, EntryKind::Membership].into_iter().find(|kind| kind.to_byte() == byte)
+    }
+}
+
 impl FrameHeader {
     /// The header's bytes and their checksum, which the next frame carries on.
     pub fn encode(&self, identity: u64) -> ([u8; FRAME_HEADER_BYTES], u32) {
-        let kind = match self.kind {
-            EntryKind::Blank => 1u8,
-            EntryKind::Normal => 2,
-            EntryKind::Membership => 3,
-        };
+        self.encode_as(self.kind.to_byte(), self.committed_end, identity)
+    }
+
+    /// The header of a frame that a repair writes: `link` is what the next frame carries on, as it did before the
+    /// damage, so that nothing behind has to be written again. It takes the place of `committed_end`.
+    pub fn encode_repaired(&self, link: u32, identity: u64) -> [u8; FRAME_HEADER_BYTES] {
+        self.encode_as(self.kind.to_byte() | REPAIRED, u64::from(link), identity).0
+    }
+
+    fn encode_as(&self, kind: u8, committed_end: u64, identity: u64) -> ([u8; FRAME_HEADER_BYTES], u32) {
         let mut buf = [0; FRAME_HEADER_BYTES];
         let mut put = Put(&mut buf, 0);
         put.u32(FRAME_MAGIC).bytes(&[kind, FORMAT_VERSION as u8, 0, 0]).u64(identity);
         put.u32(self.payload_bytes).u32(self.previous_crc).u64(self.term).u64(self.index);
-        put.u64(self.synced_end).u64(self.committed_end).u32(self.payload_crc);
+        put.u64(self.synced_end).u64(committed_end).u32(self.payload_crc);
         let sum = crc(identity, buf.get(..FRAME_HEADER_BYTES - 4).unwrap_or_default());
         Put(&mut buf, FRAME_HEADER_BYTES - 4).u32(sum);
         (buf, sum)
     }
 
-    /// Reads a frame header of the segment with that identity; returns it with its checksum.
+    /// Reads a frame header of the segment with that identity; returns it with what the next frame carries on: its
+    /// checksum, or that of the frame that a repair replaced.
     pub fn decode(bytes: &[u8], identity: u64) -> Result<(Self, u32), Invalid> {
         let bytes = bytes.get(..FRAME_HEADER_BYTES).ok_or(Invalid::Damaged)?;
         if is_zero(bytes) {
@@ -324,12 +388,9 @@ impl FrameHeader {
         if get_u32(bytes, 0) != FRAME_MAGIC || get_u64(bytes, 8) != identity || sum != crc(identity, body) {
             return Err(Invalid::Damaged);
         }
-        let kind = match bytes.get(4) {
-            Some(1) => EntryKind::Blank,
-            Some(2) => EntryKind::Normal,
-            Some(3) => EntryKind::Membership,
-            _ => return Err(Invalid::Damaged),
-        };
+        let kind_byte = bytes.get(4).copied().unwrap_or_default();
+        let kind = EntryKind::of(kind_byte & !REPAIRED).ok_or(Invalid::Damaged)?;
+        let repaired = kind_byte & REPAIRED != 0;
         let header = Self {
             kind,
             payload_bytes: get_u32(bytes, 16),
@@ -337,10 +398,10 @@ impl FrameHeader {
             term: get_u64(bytes, 24),
             index: get_u64(bytes, 32),
             synced_end: get_u64(bytes, 40),
-            committed_end: get_u64(bytes, 48),
+            committed_end: if repaired { 0 } else { get_u64(bytes, 48) },
             payload_crc: get_u32(bytes, 56),
         };
-        Ok((header, sum))
+        Ok((header, if repaired { get_u32(bytes, 48) } else { sum }))
     }
 }
 

@@ -5,6 +5,7 @@
 //!                    │                                  └─ first error: latch, for good
 //!  read  ◄───────────┴── cache, or pread + checksum
 //!  open: hard state, segments ─► scan ─► decide (one total table) ─► Keep | CutTail | Ask | Repair
+//!                                                  peers' answers ─► resolve ─► written again | cut | wait | rebuild
 //! ```
 //!
 //! Invariants, each asserted where it could break: `purged <= flushed <= written`; entries have no
@@ -19,20 +20,30 @@ pub mod frame;
 pub mod group;
 pub mod hard_state;
 pub mod index;
+mod joined;
+mod mend;
 pub mod open;
 pub mod options;
+mod patch;
+pub mod pending;
 pub mod reader;
 pub mod recovery;
+pub mod repair;
 pub mod scan;
 pub mod segment;
 pub mod shared;
+pub mod source;
 pub mod store;
+pub mod tool;
 pub mod types;
 pub mod writer;
 
 pub use error::{Latched, OpenError};
 pub use open::RecoveryReport;
 pub use options::WalOptions;
+pub use pending::PendingLog;
+pub use repair::{Electorate, EntryAnswer, EntryCopy, EntryQuestion, LostLog};
 pub use shared::{NoObserver, WalObserver};
-pub use store::{WalHandle, WalStore};
+pub use source::EntrySource;
+pub use store::{OpenStep, WalHandle, WalStore};
 pub use types::*;

@@ -19,6 +19,8 @@ use super::{Disk, DiskFile, FolderLock, FoundFile};
 
 /// What is lost together: real disks promise no more.
 const SECTOR_BYTES: usize = 512;
+/// What the page cache reads and writes at once.
+const BLOCK_BYTES: usize = 4096;
 
 /// What the next sync of a file does instead of succeeding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,32 @@ struct SimInode {
     durable: Vec<u8>,
     dirty: BTreeSet<usize>,
     read_error: bool,
+    /// Blocks that the device cannot read, until each is written in full.
+    unreadable: BTreeSet<usize>,
+}
+
+impl SimInode {
+    fn check_readable(&self, start: usize, len: usize, name: &str) -> io::Result<()> {
+        let blocks = start / BLOCK_BYTES..(start + len).div_ceil(BLOCK_BYTES);
+        match self.read_error || self.unreadable.range(blocks).next().is_some() {
+            true => Err(io::Error::other(format!("Input/output error reading {name}"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Blocks written in full are good again; a part of one cannot be written without reading the rest.
+    fn check_writable(&mut self, start: usize, len: usize, name: &str) -> io::Result<()> {
+        let end = start + len;
+        let touched: Vec<usize> =
+            self.unreadable.range(start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).copied().collect();
+        for block in touched {
+            if start > block * BLOCK_BYTES || end < (block + 1) * BLOCK_BYTES {
+                return Err(io::Error::other(format!("Input/output error writing {name}")));
+            }
+            self.unreadable.remove(&block);
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone)]
@@ -243,6 +271,16 @@ impl SimDisk {
         Ok(())
     }
 
+    /// Blocks of 4,096 bytes of the file cannot be read any more, until each is written in full.
+    pub fn set_unreadable(&self, path: &Path, blocks: impl IntoIterator<Item = usize>) -> io::Result<()> {
+        let mut state = self.state();
+        let inode = *state.names.get(path).ok_or_else(|| not_found(path))?;
+        if let Some(inode) = state.inodes.get_mut(&inode) {
+            inode.unreadable.extend(blocks);
+        }
+        Ok(())
+    }
+
     /// Changes durable and cached bytes behind everybody's back.
     pub fn corrupt(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) -> io::Result<()> {
         let mut state = self.state();
@@ -284,6 +322,7 @@ impl SimDisk {
                     durable: inode.durable.clone(),
                     dirty: inode.dirty.clone(),
                     read_error: inode.read_error,
+                    unreadable: inode.unreadable.clone(),
                 },
             );
         }
@@ -348,16 +387,41 @@ impl DiskFile for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.with(|state| {
             let inode = state.inodes.get(&self.inode).ok_or_else(|| self.missing())?;
-            if inode.read_error {
-                return Err(io::Error::other(format!("Input/output error reading {}", self.name)));
-            }
             let start = usize::try_from(offset).map_err(io::Error::other)?;
             let rest = inode.cached.get(start..).unwrap_or_default();
             let n = rest.len().min(buf.len());
+            inode.check_readable(start, n, &self.name)?;
             if let (Some(to), Some(from)) = (buf.get_mut(..n), rest.get(..n)) {
                 to.copy_from_slice(from);
             }
             Ok(n)
+        })
+    }
+
+    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        // Dirty pages are written to the device before it is read, as by `O_DIRECT`; they are not synced by that.
+        let read = self.read_at(buf, offset)?;
+        self.with(|state| {
+            let inode = state.inodes.get(&self.inode).ok_or_else(|| self.missing())?;
+            let start = usize::try_from(offset).map_err(io::Error::other)?;
+            let mut at = start;
+            for piece in buf.get_mut(..read).unwrap_or_default().chunk_by_mut({
+                let mut next = start;
+                move |_, _| {
+                    next += 1;
+                    !next.is_multiple_of(SECTOR_BYTES)
+                }
+            }) {
+                if !inode.dirty.contains(&(at / SECTOR_BYTES)) {
+                    let durable = inode.durable.get(at..).unwrap_or_default();
+                    let known = durable.len().min(piece.len());
+                    let (from, zeros) = piece.split_at_mut(known);
+                    from.copy_from_slice(durable.get(..known).unwrap_or_default());
+                    zeros.fill(0);
+                }
+                at += piece.len();
+            }
+            Ok(read)
         })
     }
 
@@ -370,6 +434,7 @@ impl DiskFile for SimFile {
             let start = usize::try_from(offset).map_err(io::Error::other)?;
             let end = start + buf.len();
             take_space(&mut state.space_left, end.saturating_sub(inode.cached.len()))?;
+            inode.check_writable(start, buf.len(), &self.name)?;
             if inode.cached.len() < end {
                 inode.cached.resize(end, 0);
             }

@@ -147,6 +147,12 @@ impl WalObserver for Metrics {
         }
     }
 
+    fn write_failed(&self, operation: &'static str, file: &str, error: &io::Error) {
+        self.wal.use_segment(file);
+        self.wal.fsync_errors.with_label_values(&[file]).inc();
+        tracing::error!(file, operation, "WAL write error: {operation} {file}: {error}; it is not tried again");
+    }
+
     fn segment_rotated(&self) {
         self.wal.rotations.inc();
     }

@@ -38,6 +38,7 @@ mod read;
 mod read_index;
 mod rpc_server;
 mod start;
+pub mod slow;
 pub mod status;
 mod submit;
 pub mod submit_rules;

@@ -42,6 +42,7 @@ use super::{
     proposer::Proposer,
     read,
     read_index::{self, Rounds},
+    slow,
     transport::Network,
     upkeep, watch as watcher,
 };
@@ -195,7 +196,7 @@ async fn bring_up(
     shared: &Arc<Shared>,
     assigned: mpsc::Receiver<AssignRequest>,
 ) -> Result<(), StartError> {
-    let log = open_log(&process.config, &process.metrics, Arc::clone(&process.disk)).await?;
+    let log = open_log(process).await?;
     let log_content = log_content(&log).await?;
     let known = shared.identity.load_full();
     let standing = identity::standing((*known).as_ref(), log_content, has_files(&process.config.kv_dir())?);
@@ -228,12 +229,14 @@ async fn bring_up(
     }
 }
 
-async fn open_log(config: &Config, metrics: &Arc<Metrics>, disk: Arc<dyn Disk>) -> Result<WalStore, StartError> {
+async fn open_log(process: &Process) -> Result<WalStore, StartError> {
+    let (config, disk) = (&process.config, Arc::clone(&process.disk));
     let mut options = WalOptions::new(config.wal_dir());
     options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
     options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
     options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
-    options.observer = Arc::<Metrics>::clone(metrics);
+    options.observer = Arc::<Metrics>::clone(&process.metrics);
+    options.io_times = Arc::clone(&process.io_times);
     let (log, report) = blocking(move || WalStore::open(disk, options)).await??;
     tracing::info!(?report, "write-ahead log opened");
     Ok(log)
@@ -397,6 +400,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
     vital.spawn("the task that watches the log", watcher::watch_log(Arc::clone(&shared)));
+    vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
     Ok(())

@@ -40,7 +40,7 @@ pub async fn hand_over(shared: &Shared) {
     let Some(core) = shared.core.get() else { return };
     core.raft.runtime_config().elect(false);
     if leads_others(&shared.view.borrow()) {
-        transfer(shared, core, Instant::now() + HAND_OVER_MAX).await;
+        transfer(shared, core, Instant::now() + HAND_OVER_MAX, |_| true).await;
     }
 }
 
@@ -51,13 +51,19 @@ pub async fn pass_on(shared: &Shared, core: &Core, why: &str) {
         return;
     }
     tracing::warn!("giving leadership away: {why}");
-    transfer(shared, core, Instant::now() + HAND_OVER_MAX).await;
+    transfer(shared, core, Instant::now() + HAND_OVER_MAX, |_| true).await;
 }
 
-async fn transfer(shared: &Shared, core: &Core, deadline: Instant) {
+/// As `pass_on`, to this one or nobody.
+pub async fn pass_on_to(shared: &Shared, core: &Core, id: u64, why: &str) {
+    tracing::warn!("giving leadership away: {why}");
+    transfer(shared, core, Instant::now() + HAND_OVER_MAX, |candidate| candidate == id).await;
+}
+
+async fn transfer(shared: &Shared, core: &Core, deadline: Instant, is_wanted: impl Fn(u64) -> bool) {
     let began = Instant::now();
     let mut view = shared.view.subscribe();
-    for (id, name) in candidates(shared, core, is_well).await {
+    for (id, name) in candidates(shared, core, is_well).await.into_iter().filter(|(id, _)| is_wanted(*id)) {
         if core.raft.trigger().transfer_leader(id).await.is_err() {
             return;
         }
@@ -187,7 +193,7 @@ fn longest_first(mut heirs: Vec<Heir>) -> Vec<Heir> {
 }
 
 /// Id, name and peer address of the other voters.
-fn voters(last: &RaftMetrics<TypeConfig>) -> Vec<(u64, String, String)> {
+pub fn voters(last: &RaftMetrics<TypeConfig>) -> Vec<(u64, String, String)> {
     let membership = &last.membership_config;
     let others = membership.voter_ids().filter(|id| *id != last.id);
     let known = others.filter_map(|id| Some((id, membership.get_node(&id)?)));
@@ -257,7 +263,8 @@ async fn candidates(shared: &Shared, core: &Core, may_lead: fn(&StatusReply) -> 
         .collect()
 }
 
-fn is_well(status: &StatusReply) -> bool {
+/// Whether a node would take leadership over.
+pub fn is_well(status: &StatusReply) -> bool {
     status.role == Role::Follower.word() && status.may_not_lead.is_none()
 }
 

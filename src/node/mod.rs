@@ -47,6 +47,7 @@ mod scrub;
 pub mod space;
 pub mod space_watch;
 mod start;
+pub mod slow;
 pub mod status;
 mod submit;
 pub mod submit_rules;

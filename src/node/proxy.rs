@@ -211,7 +211,7 @@ mod tests {
         };
         let nodes: BTreeMap<u64, Member> = ids.iter().map(|id| (*id, member(*id))).collect();
         let log_id = openraft::testing::log_id::<TypeConfig>(1, 1, index);
-        StoredMembership::new(Some(log_id), Membership::new_with_defaults(vec![ids.iter().copied().collect()], nodes))
+        StoredMembership::new(Some(log_id), Membership::new(vec![ids.iter().copied().collect()], nodes).unwrap())
     }
 
     fn says(id: u64, role: Role, term: u64) -> StatusReply {
@@ -229,6 +229,7 @@ mod tests {
             may_not_lead: None,
             fsync_p99_ms: None,
             membership: None,
+            room: Default::default(),
         }
     }
 

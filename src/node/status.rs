@@ -148,7 +148,7 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         disk: shared.disk.health(),
         version: VERSION.into(),
         may_not_lead: shared.may_not_lead(),
-        fsync_p99_ms: None,
+        fsync_p99_ms: shared.wal().and_then(WalHandle::fsync_p99_ms).map(whole_ms),
         membership: Some((*view.membership).clone()).filter(|m| m.log_id().is_some()),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),
         room: shared.space.report().borrow().clone(),
@@ -168,6 +168,12 @@ fn own_replication(shared: &Shared, core: &Core) -> Option<BTreeMap<u64, Lag>> {
         }
     };
     Some(metrics.replication?.iter().map(|(id, matched)| (*id, lag(matched))).collect())
+}
+
+/// Rounded; what is not a number is 0.
+pub fn whole_ms(ms: f64) -> u64 {
+    // Saturates.
+    ms.round() as u64
 }
 
 /// Asks one node, for half a second at most; the error says why there is no answer.

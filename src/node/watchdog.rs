@@ -120,9 +120,13 @@ fn look(process: &Process, watchdog: &mut Watchdog) {
         (Act::Nothing, _) => process.fence.keep_closed(clock::monotonic_ms()),
         (Act::Stall(why), Some(disk)) => disk.set(DiskState::Stalled, why),
         (Act::Resume, Some(disk)) => disk.clear(DiskState::Stalled),
-        (Act::Fence(why), disk) => {
-            if let Some(disk) = disk {
-                disk.set(DiskState::Fenced, why);
+        (Act::Fence(why), _) => {
+            if let Some(shared) = &shared {
+                // Whatever hangs may come back, and must find that nothing counts any more.
+                if let Some(wal) = shared.wal() {
+                    wal.latch("wait for", "the disk", &why);
+                }
+                shared.disk.set(DiskState::Fenced, why);
             }
             process.fence.close(clock::monotonic_ms());
         }

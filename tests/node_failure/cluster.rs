@@ -1,6 +1,6 @@
 //! Three nodes in this process, each with its own simulated disk under the log, and clients over HTTP.
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use stemedb::{
     api,
@@ -13,10 +13,7 @@ use stemedb::{
     metrics::Metrics,
     node::{Ground, Node},
 };
-use stemedb_raft::{
-    disk::{Disk, DiskFile, FolderLock, FoundFile, Space, sim::SimDisk},
-    io_times::{IoTimes, guard},
-};
+use stemedb_raft::disk::sim::SimDisk;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -70,9 +67,7 @@ impl Cluster {
             // A stall that ends in time has all the time it needs.
             config.cluster.stall_fence_ms = 600_000;
             change(&mut config);
-            let io_times = Arc::<IoTimes>::default();
-            let disk = Arc::new(Noted { disk: cluster.disks[i].shared(), times: Arc::clone(&io_times) });
-            let ground = Ground { peer_listener: Some(peer), disk, io_times };
+            let ground = Ground { peer_listener: Some(peer), disk: cluster.disks[i].shared(), ..Ground::default() };
             let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
             cluster.http.push(http.local_addr().unwrap());
             cluster.serving.push(tokio::spawn(api::serve(http, Arc::clone(&node), cluster.stop.clone())));
@@ -173,81 +168,5 @@ impl Running {
             listings.push(drill_load::list_node(&self.load, node).await.unwrap());
         }
         check(&self.load.recorder.history(), &listings)
-    }
-}
-
-/// Nobody waits for it.
-const SPARE: &str = "segment.spare";
-
-/// A disk whose changes the watchdog sees.
-struct Noted {
-    disk: Arc<dyn Disk>,
-    times: Arc<IoTimes>,
-}
-
-struct NotedFile {
-    file: Arc<dyn DiskFile>,
-    name: String,
-    times: Arc<IoTimes>,
-}
-
-impl Noted {
-    fn file(&self, path: &Path, file: Arc<dyn DiskFile>) -> Arc<dyn DiskFile> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Arc::new(NotedFile { file, name, times: Arc::clone(&self.times) })
-    }
-}
-
-impl Disk for Noted {
-    fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        self.disk.create_dir_all(dir)
-    }
-    fn list(&self, dir: &Path) -> io::Result<Vec<FoundFile>> {
-        self.disk.list(dir)
-    }
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(self.file(path, self.disk.open(path)?))
-    }
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(self.file(path, self.disk.create(path)?))
-    }
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.disk.rename(from, to)
-    }
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        self.disk.remove(path)
-    }
-    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let _under_way = guard(&self.times, "sync", "folder");
-        self.disk.sync_dir(dir)
-    }
-    fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>> {
-        self.disk.lock(path)
-    }
-    fn space(&self, dir: &Path) -> io::Result<Space> {
-        self.disk.space(dir)
-    }
-}
-
-impl DiskFile for NotedFile {
-    fn bytes(&self) -> io::Result<u64> {
-        self.file.bytes()
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let _under_way = self.times.enter("write", &self.name, self.name == SPARE);
-        self.file.write_at(buf, offset)
-    }
-    fn reserve(&self, bytes: u64) -> io::Result<()> {
-        self.file.reserve(bytes)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        let _under_way = self.times.enter("sync", &self.name, self.name == SPARE);
-        self.file.sync_data()
-    }
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
     }
 }

@@ -105,8 +105,9 @@ pub fn health(shared: &Shared) -> Health {
     let view = shared.view.borrow().clone();
     let disk = shared.disk.borrow().clone();
     let status = match () {
-        () if is_stopping(shared) => "stopping",
+        () if shared.stop.is_cancelled() => "stopping",
         () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
+        () if is_stopping(shared) => "stopping",
         () if disk.state == DiskState::Failed || shared.vital.ended().is_some() => "failed",
         () if shared.core.get().is_none() => "starting",
         () => "ok",

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
-    extract::{Path, RawQuery, Request, State},
+    extract::{Path, RawQuery, Request, State, rejection::PathRejection},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -143,10 +143,11 @@ async fn pass_on(api: &Api, asked: &Asked, node: &str, body: Option<hyper::body:
         (status = "default", response = schema::ProblemResponse)))]
 pub async fn job(
     State(api): State<Arc<Api>>,
-    Path(id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
     RawQuery(query): RawQuery,
     asked: Asked,
 ) -> Result<Response, Problem> {
+    let Path(id) = path.map_err(|_| Problem::new(Kind::InvalidId, "The path does not end in the id of a job."))?;
     let mut params = Params::parse(query.as_deref())?;
     let node = params.text("node")?;
     params.finish()?;

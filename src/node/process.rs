@@ -121,7 +121,16 @@ impl Process {
         let incarnated = match &journal {
             // From here to there no core may run under the old id.
             Some(journal) if journal.phase < Phase::Installed => start::incarnate_proxy(&process, journal, early),
-            _ => start::incarnate(&process, early).await,
+            Some(journal) => match start::incarnate(&process, early).await {
+                // The new files are no voter's yet: they are fetched anew.
+                Err(error) => {
+                    tracing::error!(%error, "the rebuilt files do not start");
+                    let early = |shared: &Arc<Shared>| process.current.store(Some(Arc::clone(shared)));
+                    start::incarnate_proxy(&process, journal, early)
+                }
+                started => started,
+            },
+            None => start::incarnate(&process, early).await,
         };
         match incarnated {
             Ok(_) => {

@@ -109,8 +109,9 @@ pub fn health(shared: &Shared) -> Health {
     let view = shared.view.borrow().clone();
     let disk = shared.disk.health();
     let status = match () {
-        () if is_stopping(shared) => "stopping",
+        () if shared.stop.is_cancelled() => "stopping",
         () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
+        () if is_stopping(shared) => "stopping",
         () if shared.vital.ended().is_some() => "failed",
         () if disk.state.silences() => disk.state.word(),
         () if shared.silenced().is_some() => "failed",

@@ -197,3 +197,46 @@ async fn a_rebuild_that_is_killed_at_any_point_comes_to_its_end() {
     }
     cluster.stop_all().await;
 }
+
+/// MB/s of a rebuild on an idle cluster, and under writes. `STEMEDB_TEST_MIB`: size of the state, 64 by default.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+#[ignore = "a measurement, for people"]
+async fn rebuild_speed() {
+    let mib = std::env::var("STEMEDB_TEST_MIB").map_or(64, |text| text.parse::<u128>().unwrap());
+    let mut cluster = Cluster::new(|config| {
+        config.wal.retain_mb = 64;
+        config.wal.segment_size_mb = 64;
+        config.rebuild.quarantine_days = None;
+    })
+    .await;
+    let leader = cluster.leader().await;
+    for n in 0..2 * mib {
+        support::write_large(cluster.node(leader), n).await;
+    }
+    for busy in [false, true] {
+        let nodes: Vec<_> = cluster.running().map(|(_, node)| Arc::clone(node)).collect();
+        let load = busy.then(|| Load::start(&nodes, 1_000_000_000));
+        let node = (leader + 1) % 3;
+        let began = tokio::time::Instant::now();
+        let id = cluster.node(node).order_rebuild(None).await.unwrap();
+        let pulled = cluster
+            .until("the files", async |c| {
+                let job = c.node(node).jobs().job(&id)?;
+                (job.bytes_total > 0 && job.bytes_done >= job.bytes_total).then(|| (job, began.elapsed()))
+            })
+            .await;
+        let job = cluster.node(node).jobs().wait_ended(&id).await.unwrap();
+        let mb = job.bytes_total as f64 / 1e6;
+        eprintln!(
+            "busy {busy}: {mb:.0} MB here after {:.2} s ({:.0} MB/s), a voter after {:.2} s ({:.0} MB/s)",
+            pulled.1.as_secs_f64(),
+            mb / pulled.1.as_secs_f64(),
+            job.ms as f64 / 1e3,
+            mb / (job.ms as f64 / 1e3)
+        );
+        if let Some(load) = load {
+            eprintln!("{} writes meanwhile", load.finish().await.len());
+        }
+    }
+    cluster.stop_all().await;
+}

@@ -174,6 +174,18 @@ pub async fn write(node: &Node, n: u128) {
     }
 }
 
+/// Writes half a MiB that does not compress.
+pub async fn write_large(node: &Node, n: u128) {
+    use rand::{Rng, SeedableRng, distr::Alphanumeric, rngs::StdRng};
+    let text: String =
+        StdRng::seed_from_u64(n as u64).sample_iter(Alphanumeric).take(512 * 1024).map(char::from).collect();
+    let mut op = assertion(n);
+    if let Operation::Assert(items) = &mut op {
+        items[0].value_json = format!("\"{text}\"");
+    }
+    while node.submit(op.clone(), Some(CommandKey { source: KeySource::Client, id: n }), n).await.is_err() {}
+}
+
 pub async fn count(node: &Node) -> u64 {
     loop {
         match node.read(Consistency::Linearizable).await {

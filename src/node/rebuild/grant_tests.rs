@@ -398,20 +398,28 @@ impl World {
     }
 }
 
-/// Walks every order; the first broken rule with the steps that led to it.
+/// Walks every order; how many worlds there are, and the first broken rule with the steps that led to it.
 fn walk(without: Without) -> (usize, Option<String>) {
-    let first = World::new();
-    let mut seen = HashSet::from([first.clone()]);
-    let mut open = VecDeque::from([(first, Vec::<String>::new())]);
-    while let Some((world, path)) = open.pop_front() {
+    let mut seen = HashSet::from([World::new()]);
+    // Each step with the one before it.
+    let mut trail: Vec<(usize, String)> = vec![(0, "the beginning".into())];
+    let mut open = VecDeque::from([(World::new(), 0)]);
+    while let Some((world, at)) = open.pop_front() {
         for (name, next) in world.steps(without) {
             if let Some(why) = next.broken(&world, &name) {
-                return (seen.len(), Some(format!("{why} after {} / {name}", path.join(" / "))));
+                let mut path = vec![name];
+                let mut at = at;
+                while at != 0 {
+                    path.push(trail[at].1.clone());
+                    at = trail[at].0;
+                }
+                path.reverse();
+                return (seen.len(), Some(format!("{why} after {}", path.join(" / "))));
             }
-            if seen.insert(next.clone()) {
-                let mut path = path.clone();
-                path.push(name);
-                open.push_back((next, path));
+            if !seen.contains(&next) {
+                seen.insert(next.clone());
+                trail.push((at, name));
+                open.push_back((next, trail.len() - 1));
             }
         }
     }

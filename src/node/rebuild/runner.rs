@@ -167,8 +167,13 @@ impl Runner {
             core_open: is_open(shared),
             looked_again: self.looked_again,
             joined: self.joined,
-            stale: self.stale,
+            // The new incarnation has failed in its turn: it is no voter yet, and starts over.
+            stale: self.stale || (is_open(shared) && self.installed() && need(shared).is_some()),
         }
+    }
+
+    fn installed(&self) -> bool {
+        self.journal.as_ref().is_some_and(|journal| journal.phase == Phase::Installed)
     }
 
     async fn run(&mut self) {
@@ -573,17 +578,17 @@ impl Runner {
 
     async fn start(&mut self) -> Done {
         self.show("starting");
-        match self.process.start_next().await {
-            Ok(_) => {
+        let why = match self.process.start_next().await {
+            Ok(next) if is_open(&next) => {
                 self.hit("rebuild.started")?;
-                Ok(())
+                return Ok(());
             }
-            Err(error) => {
-                self.starts_failed += 1;
-                self.stale = self.starts_failed >= STARTS_MAX;
-                Err(again(format!("the new files do not start: {error}")))
-            }
-        }
+            Ok(next) => need(&next).map_or_else(String::new, |need| need.why().to_owned()),
+            Err(error) => error.to_string(),
+        };
+        self.starts_failed += 1;
+        self.stale = self.starts_failed >= STARTS_MAX;
+        Err(again(format!("the new files do not start: {why}")))
     }
 
     async fn start_over(&mut self) -> Done {

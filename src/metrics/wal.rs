@@ -151,7 +151,12 @@ impl WalObserver for Metrics {
         self.wal.use_segment(file);
         self.wal.fsync_errors.with_label_values(&[file]).inc();
         let os_error = error.raw_os_error();
-        tracing::error!(segment = file, operation, os_error, "WAL write error: {operation} {file}: {error}; it is not tried again");
+        tracing::error!(
+            segment = file,
+            operation,
+            os_error,
+            "WAL write error: {operation} {file}: {error}; it is not tried again"
+        );
     }
 
     fn segment_rotated(&self) {

@@ -44,10 +44,9 @@ use super::{
     read_index::{self, Rounds},
     rebuild::{self, Need, journal::Journal},
     repair::{self, Begun},
-    room_watch,
+    room_watch, slow,
     space::{RealSpace, SpaceProbe},
     space_watch::SpaceWatch,
-    slow,
     transport::Network,
     upkeep, watch as watcher,
 };

@@ -64,7 +64,7 @@ impl Cluster {
         config.cluster.election_min_ms = 600;
         config.cluster.election_max_ms = 1_200;
         (self.tune)(&mut config);
-        let ground = Ground { peer_listener: Some(listener), disk: self.disks[i].shared() };
+        let ground = Ground { peer_listener: Some(listener), disk: self.disks[i].shared(), ..Ground::default() };
         Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await
     }
 
@@ -169,7 +169,7 @@ pub async fn write(node: &Node, n: u128) {
                 assert!(matches!(done.outcome.outcome, Outcome::Applied(_)), "{done:?}");
                 return;
             }
-            Err(SubmitError::Unknown { .. } | SubmitError::NotApplied { .. }) => {}
+            Err(SubmitError::Unknown { .. } | SubmitError::NotApplied { .. } | SubmitError::DiskFull(_)) => {}
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::{
     clock,
     node::{
         core::{Core, Role, Shared},
-            messages::{ProposeAnswer, StatusReply, pack, unpack},
+        messages::{ProposeAnswer, StatusReply, pack, unpack},
         read, status,
     },
     state::{

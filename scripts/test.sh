@@ -6,7 +6,7 @@
 #   --full         the long tests too, and all counts unreduced (sets STEMEDB_TEST_FULL=1; builds optimised)
 #   --no-install   never call apt-get
 #
-# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, the package index for sample data) is
+# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, the package index for sample data) is
 # installed with apt-get when it is missing and this is root or may sudo without a password.
 #
 # A test that cannot run on this machine prints "SKIPPED: <why>" and passes; such tests are listed by name at the end.
@@ -34,11 +34,11 @@ cd "$(dirname "$0")/.." || exit 2
 say() { printf '== %s\n' "$*"; }
 
 # Tool and the Debian package that has it.
-tools='cc:gcc strace:strace curl:curl jq:jq'
+tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount'
 
 missing_packages() {
     for pair in $tools; do
-        command -v "${pair%%:*}" >/dev/null || printf '%s ' "${pair##*:}"
+        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || printf '%s ' "${pair##*:}"
     done
 }
 
@@ -115,7 +115,8 @@ fi
 started=$SECONDS
 
 # --show-output makes the harness repeat what passing tests print, which the summary needs; the console does without.
-cargo test --workspace --locked --no-fail-fast "${profile[@]}" "$@" -- --show-output "${ignored[@]}" 2>&1 |
+# The feature adds the helper program of the tests on real file systems, and changes nothing else.
+cargo test --workspace --features faulty-disk --locked --no-fail-fast "${profile[@]}" "$@" -- --show-output "${ignored[@]}" 2>&1 |
     tee "$log" |
     awk '/^successes:$/ { quiet = 1 } /^(failures:|test result:)/ { quiet = 0 } !quiet'
 status=${PIPESTATUS[0]}

@@ -137,6 +137,13 @@ pub struct StorageSection {
     pub memtable_mb: u64,
     /// Block cache, MiB.
     pub cache_mb: u64,
+    /// Rate of the scrubber, MiB per second; 0: off.
+    pub scrub_mb_per_s: u64,
+    /// Free space below which clients' writes are refused, MiB; 0: by the size of the disk and of what the node
+    /// keeps, see `node::space`.
+    pub low_water_mb: u64,
+    /// Most space kept in reserve for a full disk, MiB; never more than 1 % of the disk. 0: none.
+    pub ballast_mb: u64,
 }
 
 /// `[backup]`
@@ -271,6 +278,9 @@ impl Default for StorageSection {
             compaction_interval_hours: 24,
             memtable_mb: 16,
             cache_mb: 32,
+            scrub_mb_per_s: 10,
+            low_water_mb: 0,
+            ballast_mb: 1024,
         }
     }
 }

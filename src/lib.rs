@@ -15,3 +15,4 @@ pub mod model;
 pub mod node;
 pub mod state;
 pub mod store_helpers;
+pub mod wal_tools;

@@ -69,6 +69,17 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// True when this node's own data is not what was written: another node has a better answer.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            StoreError::Engine(error) => error.is_damage(),
+            StoreError::Damaged { .. } => true,
+            StoreError::BadCursor { .. } | StoreError::CursorGone { .. } | StoreError::TooMuch { .. } => false,
+        }
+    }
+}
+
 impl From<RecordError> for StoreError {
     fn from(error: RecordError) -> Self {
         StoreError::Damaged { what: error.to_string() }
@@ -174,11 +185,15 @@ impl StoreView {
 
     /// Answers a query.
     pub fn query(&self, query: &Query) -> Result<QueryPage, StoreError> {
-        query::run(self, query)
+        self.reported(query::run(self, query))
     }
 
     /// One assertion, whatever superseded it; `None` when there is none with this id.
     pub fn assertion(&self, id: Uuid) -> Result<Option<AssertionView>, StoreError> {
+        self.reported(self.load_assertion(id))
+    }
+
+    fn load_assertion(&self, id: Uuid) -> Result<Option<AssertionView>, StoreError> {
         let Some(key) = self.place(id)? else {
             return Ok(None);
         };
@@ -190,11 +205,15 @@ impl StoreView {
 
     /// Every fact about something, oldest first.
     pub fn history(&self, query: &HistoryQuery) -> Result<HistoryPage, StoreError> {
-        history::run(self, query)
+        self.reported(history::run(self, query))
     }
 
     /// The epoch `name`, if it exists.
     pub fn epoch(&self, name: &str) -> Result<Option<EpochView>, StoreError> {
+        self.reported(self.load_epoch(name))
+    }
+
+    fn load_epoch(&self, name: &str) -> Result<Option<EpochView>, StoreError> {
         let Some(row) = self.read.get(&keys::epoch(name))? else {
             return Ok(None);
         };
@@ -206,7 +225,7 @@ impl StoreView {
     /// Records already imported under `import_id`; 0 for an unknown one.
     pub fn import_position(&self, import_id: &str) -> Result<u64, StoreError> {
         match self.read.get(&keys::import(import_id))? {
-            Some(row) => Ok(decode_number("import position", &row)?),
+            Some(row) => self.reported(decode_number("import position", &row).map_err(StoreError::from)),
             None => Ok(0),
         }
     }
@@ -214,9 +233,18 @@ impl StoreView {
     /// Assertions ever stored, superseded ones included.
     pub fn count_assertions(&self) -> Result<u64, StoreError> {
         match self.read.get(keys::COUNTERS)? {
-            Some(row) => Ok(Counters::decode(&row)?.assertions),
+            Some(row) => self.reported(Counters::decode(&row).map(|c| c.assertions).map_err(StoreError::from)),
             None => Ok(0),
         }
+    }
+
+    /// A row that does not decode came out of a block that verifies: whoever repairs the tree is told.
+    fn reported<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        result.inspect_err(|error| {
+            if let StoreError::Damaged { what } = error {
+                self.read.report_damage(what);
+            }
+        })
     }
 
     fn read(&self) -> &dyn StateRead {

@@ -26,6 +26,9 @@ use stemedb_raft::codec;
 use stemedb_raft::types::{Entry, EntryData, LogId, Member, TypeConfig};
 use uuid::Uuid;
 
+/// Far above what any condition needs; only a hang ends a test by this.
+const HANG: Duration = Duration::from_secs(60);
+
 /// Keeps one row per assertion, and a count in memory that only `save_keys` carries over.
 struct Counting {
     fact_index: u64,
@@ -392,8 +395,12 @@ async fn a_panic_of_the_flush_thread_latches_the_engine() {
     let lsm = LsmOptions { memtable_bytes_max: 1, flush_gate: Some(gate), ..LsmOptions::default() };
     let mut machine = open_with(dir.path(), lsm);
     let entries = (1..20).map(|index| entry(index, &["x"])).collect();
-    let applied = tokio::time::timeout(Duration::from_secs(10), apply(&mut machine, entries)).await;
+    let handle = machine.handle();
+    let told = tokio::spawn(async move { handle.wait_failed().await });
+    let applied = tokio::time::timeout(HANG, apply(&mut machine, entries)).await;
     assert!(applied.expect("nobody waits for a dead thread").is_err());
+    let told = tokio::time::timeout(HANG, told).await.expect("who waits for a failure is told").unwrap();
+    assert!(told.to_string().contains("gate"), "{told}");
     assert!(machine.handle().failed().unwrap().to_string().contains("gate"), "{:?}", machine.handle().failed());
 }
 

@@ -86,6 +86,12 @@ const RULES: &[Rule] = &[
     },
     Rule {
         places: &["src", "net/src", "raft/src"],
+        except: &[],
+        forbidden: &["fuser"],
+        why: "faults belong to the helper program in src/bin/stemedb-faulty-disk; no server has a switch for them",
+    },
+    Rule {
+        places: &["src", "net/src", "raft/src"],
         except: &["src/metrics", "src/metrics.rs"],
         forbidden: &["prometheus"],
         why: "figures are told to observers; how they are shown is decided in one place",

@@ -17,6 +17,8 @@ fn packages() -> Vec<Value> {
     let output = Command::new(cargo)
         .args(["metadata", "--format-version", "1", "--locked", "--offline", "--filter-platform"])
         .arg(format!("{target}-unknown-linux-gnu"))
+        // Built with it, its crates are here to be looked at.
+        .args(cfg!(feature = "faulty-disk").then_some(["--features", "faulty-disk"]).into_iter().flatten())
         .current_dir(ROOT)
         .output()
         .unwrap();

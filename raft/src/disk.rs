@@ -65,6 +65,9 @@ pub trait DiskFile: Send + Sync {
     fn bytes(&self) -> io::Result<u64>;
     /// Reads until `buf` is full or the file ends; how many bytes were read.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// The same past the page cache: what the device has, or will have of writes that nobody synced yet. After a sync
+    /// that failed the two may differ. Proves nothing about what a power cut leaves: only a sync does.
+    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes all of `buf`.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
     /// Makes the file at least that long, zeros where nothing was written, and takes the space for it. An error
@@ -74,8 +77,6 @@ pub trait DiskFile: Send + Sync {
     /// Makes the written bytes durable. After an error nothing is known of them, and calling it
     /// again would lie.
     fn sync_data(&self) -> io::Result<()>;
-    /// Asks that the next read come from the disk and not from the page cache. Advice: dirty pages stay.
-    fn drop_cache(&self) -> io::Result<()>;
 }
 
 /// Whether a reservation, or the making of a file, failed for want of room or quota.
@@ -96,5 +97,13 @@ pub fn read_into(file: &dyn DiskFile, buf: &mut Vec<u8>) -> io::Result<()> {
 pub fn read_all(file: &dyn DiskFile) -> io::Result<Vec<u8>> {
     let mut buf = Vec::new();
     read_into(file, &mut buf)?;
+    Ok(buf)
+}
+
+/// Reads a whole file past the page cache.
+pub fn read_all_uncached(file: &dyn DiskFile) -> io::Result<Vec<u8>> {
+    let mut buf = vec![0; usize::try_from(file.bytes()?).map_err(io::Error::other)?];
+    let read = file.read_uncached_at(&mut buf, 0)?;
+    buf.truncate(read);
     Ok(buf)
 }

@@ -10,8 +10,6 @@
 //! another file never pass. Integers are little-endian. What must survive the loss of one block
 //! without help from a peer (header, marks) is there twice, in different blocks.
 
-use serde::{Deserialize, Serialize};
-
 use crate::types::LogId;
 
 /// Version of the bytes described here. A segment of a newer one is refused.
@@ -35,10 +33,18 @@ pub const FRAME_ALIGN: u64 = 8;
 pub const HEADER_BYTES: usize = 96;
 /// Bytes that a mark uses of its block.
 pub const MARK_BYTES: usize = 48;
+/// Where the two copies of a cut record lie, behind those of the header.
+pub const CUT_OFFSETS: [u64; 2] = [1024, 5120];
+/// Bytes of a cut record.
+pub const CUT_BYTES: usize = 32;
 
 const HEADER_MAGIC: [u8; 8] = *b"STEMEWAL";
 const MARK_MAGIC: [u8; 8] = *b"STEMMARK";
 const FRAME_MAGIC: u32 = 0x4d45_5453; // "STEM"
+const CUT_MAGIC: [u8; 8] = *b"STEMECUT";
+/// Set in the kind of a frame that was written again by a repair. A program that knows no repaired frames takes it
+/// for a damaged one, which is safe.
+const REPAIRED: u8 = 0x80;
 
 /// Rows of a segment: one for every 512 bytes of it, so that a segment of entries of common size is
 /// full before its rows are used up; when rows run out first, the log rolls to the next segment.
@@ -88,6 +94,16 @@ pub struct Mark {
     pub committed_end: u64,
 }
 
+/// Left in a segment by the tool that cut it: what is at and above `from` was there and is not any more. A log that
+/// carries it has forgotten entries that it may have acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CutRecord {
+    /// First index that was cut.
+    pub from: u64,
+    /// One more than the last index of which the segment had a trace.
+    pub end: u64,
+}
+
 /// The identifier of one entry, kept megabytes away from its frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -104,7 +120,7 @@ pub struct Row {
 }
 
 /// What an entry is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     /// No payload: a new leader's first entry.
     Blank,
@@ -298,74 +314,71 @@ impl Row {
     }
 }
 
-/// Where a frame's header has eight bytes that mean nothing.
-const CHOSEN_AT: usize = 60;
+impl CutRecord {
+    /// The record's bytes, to be written at both [`CUT_OFFSETS`].
+    pub fn encode(&self, identity: u64) -> [u8; CUT_BYTES] {
+        let mut buf = [0; CUT_BYTES];
+        Put(&mut buf, 0).bytes(&CUT_MAGIC).u64(self.from).u64(self.end);
+        let sum = crc(identity, buf.get(..CUT_BYTES - 4).unwrap_or_default());
+        Put(&mut buf, CUT_BYTES - 4).u32(sum);
+        buf
+    }
 
-/// The four bytes for which `of` is `wanted`. A CRC is linear in any four bytes in a row, and no two values of them
-/// have the same one: so Gauss finds the only solution.
-fn solve_crc(of: impl Fn(u32) -> u32, wanted: u32) -> u32 {
-    let at_zero = of(0);
-    let mut rest = wanted ^ at_zero;
-    let mut solution = 0;
-    // For each bit of the checksum, from the highest: a change of it alone among those not yet dealt with, and
-    // which chosen bits make that change.
-    let mut basis: Vec<(u32, u32)> = Vec::with_capacity(32);
-    for bit in 0..32 {
-        let (mut change, mut chosen) = (of(1 << bit) ^ at_zero, 1u32 << bit);
-        for (c, by) in &basis {
-            if change ^ c < change {
-                change ^= c;
-                chosen ^= by;
-            }
+    /// Reads a record of the segment with that identity.
+    pub fn decode(bytes: &[u8], identity: u64) -> Result<Self, Invalid> {
+        let bytes = bytes.get(..CUT_BYTES).ok_or(Invalid::Damaged)?;
+        if is_zero(bytes) {
+            return Err(Invalid::Zero);
         }
-        basis.push((change, chosen));
-        basis.sort_unstable_by(|a, b| b.cmp(a));
+        let (body, sum) = split_crc(bytes, CUT_BYTES - 4)?;
+        if bytes.get(..8) != Some(&CUT_MAGIC) || sum != crc(identity, body) {
+            return Err(Invalid::Damaged);
+        }
+        Ok(Self { from: get_u64(bytes, 8), end: get_u64(bytes, 16) })
     }
-    for (change, chosen) in basis {
-        if rest ^ change < rest {
-            rest ^= change;
-            solution ^= chosen;
+}
+
+impl EntryKind {
+    /// The number that stands for the kind on the disk and between nodes.
+    pub fn to_byte(self) -> u8 {
+        match self {
+            EntryKind::Blank => 1,
+            EntryKind::Normal => 2,
+            EntryKind::Membership => 3,
         }
     }
-    assert_eq!(rest, 0, "four bytes do not determine a CRC-32");
-    solution
+
+    /// The kind of a number.
+    pub fn of(byte: u8) -> Option<Self> {
+        [EntryKind::Blank, EntryKind::Normal, EntryKind::Membership].into_iter().find(|kind| kind.to_byte() == byte)
+    }
 }
 
 impl FrameHeader {
     /// The header's bytes and their checksum, which the next frame carries on.
     pub fn encode(&self, identity: u64) -> ([u8; FRAME_HEADER_BYTES], u32) {
-        let kind = match self.kind {
-            EntryKind::Blank => 1u8,
-            EntryKind::Normal => 2,
-            EntryKind::Membership => 3,
-        };
+        self.encode_as(self.kind.to_byte(), self.committed_end, identity)
+    }
+
+    /// The header of a frame that a repair writes: `link` is what the next frame carries on, as it did before the
+    /// damage, so that nothing behind has to be written again. It takes the place of `committed_end`.
+    pub fn encode_repaired(&self, link: u32, identity: u64) -> [u8; FRAME_HEADER_BYTES] {
+        self.encode_as(self.kind.to_byte() | REPAIRED, u64::from(link), identity).0
+    }
+
+    fn encode_as(&self, kind: u8, committed_end: u64, identity: u64) -> ([u8; FRAME_HEADER_BYTES], u32) {
         let mut buf = [0; FRAME_HEADER_BYTES];
         let mut put = Put(&mut buf, 0);
         put.u32(FRAME_MAGIC).bytes(&[kind, FORMAT_VERSION as u8, 0, 0]).u64(identity);
         put.u32(self.payload_bytes).u32(self.previous_crc).u64(self.term).u64(self.index);
-        put.u64(self.synced_end).u64(self.committed_end).u32(self.payload_crc);
+        put.u64(self.synced_end).u64(committed_end).u32(self.payload_crc);
         let sum = crc(identity, buf.get(..FRAME_HEADER_BYTES - 4).unwrap_or_default());
         Put(&mut buf, FRAME_HEADER_BYTES - 4).u32(sum);
         (buf, sum)
     }
 
-    /// The header's bytes, with the checksum that the frame behind this one says it continues: for a frame that is
-    /// written again, when what it said of other entries' durability is forgotten. Four unused bytes of the header
-    /// are chosen so that the checksum comes out; readers ignore them.
-    pub fn encode_continued_by(&self, identity: u64, checksum: u32) -> [u8; FRAME_HEADER_BYTES] {
-        let (mut buf, _) = self.encode(identity);
-        let unchosen = buf;
-        let of = |chosen: u32| {
-            let mut buf = unchosen;
-            Put(&mut buf, CHOSEN_AT).u32(chosen);
-            crc(identity, buf.get(..FRAME_HEADER_BYTES - 4).unwrap_or_default())
-        };
-        Put(&mut buf, CHOSEN_AT).u32(solve_crc(of, checksum));
-        Put(&mut buf, FRAME_HEADER_BYTES - 4).u32(checksum);
-        buf
-    }
-
-    /// Reads a frame header of the segment with that identity; returns it with its checksum.
+    /// Reads a frame header of the segment with that identity; returns it with what the next frame carries on: its
+    /// checksum, or that of the frame that a repair replaced.
     pub fn decode(bytes: &[u8], identity: u64) -> Result<(Self, u32), Invalid> {
         let bytes = bytes.get(..FRAME_HEADER_BYTES).ok_or(Invalid::Damaged)?;
         if is_zero(bytes) {
@@ -375,12 +388,9 @@ impl FrameHeader {
         if get_u32(bytes, 0) != FRAME_MAGIC || get_u64(bytes, 8) != identity || sum != crc(identity, body) {
             return Err(Invalid::Damaged);
         }
-        let kind = match bytes.get(4) {
-            Some(1) => EntryKind::Blank,
-            Some(2) => EntryKind::Normal,
-            Some(3) => EntryKind::Membership,
-            _ => return Err(Invalid::Damaged),
-        };
+        let kind_byte = bytes.get(4).copied().unwrap_or_default();
+        let kind = EntryKind::of(kind_byte & !REPAIRED).ok_or(Invalid::Damaged)?;
+        let repaired = kind_byte & REPAIRED != 0;
         let header = Self {
             kind,
             payload_bytes: get_u32(bytes, 16),
@@ -388,10 +398,10 @@ impl FrameHeader {
             term: get_u64(bytes, 24),
             index: get_u64(bytes, 32),
             synced_end: get_u64(bytes, 40),
-            committed_end: get_u64(bytes, 48),
+            committed_end: if repaired { 0 } else { get_u64(bytes, 48) },
             payload_crc: get_u32(bytes, 56),
         };
-        Ok((header, sum))
+        Ok((header, if repaired { get_u32(bytes, 48) } else { sum }))
     }
 }
 
@@ -403,31 +413,4 @@ pub fn log_id(term: u64, index: u64) -> LogId {
 /// The term of a log id.
 pub fn term_of(id: &LogId) -> u64 {
     id.committed_leader_id().term
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rewritten_frame_keeps_its_place_in_the_chain() {
-        let mut header = FrameHeader {
-            kind: EntryKind::Normal,
-            payload_bytes: 5,
-            previous_crc: 7,
-            term: 2,
-            index: 40,
-            synced_end: 40,
-            committed_end: 39,
-            payload_crc: 11,
-        };
-        for (identity, checksum) in [(1, 0), (77, u32::MAX), (u64::MAX, 0xdead_beef), (3, 1)] {
-            header.index += 1;
-            let bytes = header.encode_continued_by(identity, checksum);
-            assert_eq!(FrameHeader::decode(&bytes, identity), Ok((header, checksum)));
-        }
-        // Nothing is chosen where nothing was forgotten.
-        let (bytes, checksum) = header.encode(9);
-        assert_eq!(header.encode_continued_by(9, checksum), bytes);
-    }
 }

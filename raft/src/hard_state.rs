@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     codec,
-    disk::{Disk, read_all},
+    disk::{Disk, read_all, read_all_uncached},
     types::{LogId, Vote},
 };
 
@@ -102,7 +102,8 @@ impl HardState {
                 Err(e) => return Err(e),
             };
             // A copy that cannot be read is a lost copy; the other one decides.
-            let found = match read_all(&*file) {
+            // Past the page cache: after a sync that failed it shows a vote that the device never got.
+            let found = match read_all_uncached(&*file) {
                 Ok(bytes) => Self::decode(&bytes),
                 Err(error) => {
                     tracing::warn!(%error, name, "a copy of the hard state cannot be read");
@@ -143,6 +144,8 @@ impl HardState {
             let bytes = self.encode().map_err(fail)?;
             let path = dir.join(name);
             let (file, fresh) = match disk.open(&path) {
+                // A part of a block that cannot be read cannot be written either: the copy is made anew.
+                Ok(file) if read_all(&*file).is_err() => (disk.create(&path).map_err(fail)?, true),
                 Ok(file) => (file, false),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => (disk.create(&path).map_err(fail)?, true),
                 Err(e) => return Err(fail(e)),

@@ -5,6 +5,7 @@
 //!                    │                                  └─ first error: latch, for good
 //!  read  ◄───────────┴── cache, or pread + checksum
 //!  open: hard state, segments ─► scan ─► decide (one total table) ─► Keep | CutTail | Ask | Repair
+//!                                                  peers' answers ─► resolve ─► written again | cut | wait | rebuild
 //! ```
 //!
 //! Invariants, each asserted where it could break: `purged <= flushed <= written`; entries have no
@@ -22,9 +23,13 @@ pub mod handle;
 pub mod hard_state;
 pub mod index;
 pub mod io_times;
+mod joined;
 pub mod log_disk;
+mod mend;
 pub mod open;
 pub mod options;
+mod patch;
+pub mod pending;
 pub mod reader;
 pub mod recovery;
 pub mod repair;
@@ -32,7 +37,9 @@ pub mod scan;
 pub mod scrub;
 pub mod segment;
 pub mod shared;
+pub mod source;
 pub mod store;
+pub mod tool;
 pub mod types;
 pub mod writer;
 
@@ -41,8 +48,10 @@ pub use handle::LogRoom;
 pub use io_times::{FsyncFigures, IoInFlight, IoTimes};
 pub use open::RecoveryReport;
 pub use options::{Pace, WalOptions};
-pub use repair::{EntryAnswer, EntryCopy, EntryHealer, EntryQuestion};
+pub use pending::PendingLog;
+pub use repair::{Electorate, EntryAnswer, EntryCopy, EntryHealer, EntryQuestion, LostLog};
 pub use scrub::{SealedSegment, SegmentCheck};
 pub use shared::{NoObserver, WalObserver};
-pub use store::{WalHandle, WalStore};
+pub use source::EntrySource;
+pub use store::{OpenStep, WalHandle, WalStore};
 pub use types::*;

@@ -1,22 +1,28 @@
 //! Opening a log: look, decide, and make what is kept durable before anybody relies on it.
 //!
-//! Nothing is written before the decision, so that a refused start leaves the folder as it was.
+//! Nothing is written before the decision, so that a refused start leaves the folder as it was. What the page cache
+//! shows of the last segment and of the hard state is not believed: after a sync that failed it shows what the device
+//! never got, and would show something else once it is evicted.
 
-use std::{collections::VecDeque, io, path::Path, sync::Arc};
+use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
 use crate::{
-    disk::{Disk, DiskFile, FolderLock, read_into},
+    disk::{Disk, DiskFile, FolderLock},
     error::{Damage, OpenError},
-    frame::{HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader, log_id},
+    frame::{BLOCK_BYTES, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader, log_id, row_capacity},
     hard_state::{FoundState, HardState},
-    index::{Located, LogIndex, SegmentIndex, segment_name, segment_number},
-    recovery::{Decision, FrameFound, RowFound, Slot, decide},
+    index::{Located, LogIndex, segment_name, segment_number},
+    joined::{Joined, Scanned, Trouble},
+    options::WalOptions,
+    patch::{Patch, read_blocks, stale_blocks},
+    recovery::{FrameFound, Lacking, RowFound, lacking},
+    repair::LostLog,
     scan::{Found, SegmentScan, Unreadable, scan_segment},
     types::LogId,
 };
 
 /// Name of the file that keeps other processes out.
-const LOCK_NAME: &str = "lock";
+pub const LOCK_NAME: &str = "lock";
 /// Name of the prepared next segment: no part of the log until it is renamed.
 pub const SPARE_NAME: &str = "segment.spare";
 
@@ -29,8 +35,14 @@ pub struct RecoveryReport {
     pub bytes_read: u64,
     /// Entries in the log.
     pub entries: u64,
-    /// Index of the first entry that was cut as never acknowledged.
+    /// Index of the first entry that was cut: never acknowledged, or given up by an operator.
     pub tail_cut_from: Option<u64>,
+    /// Entries that were fetched from peers and written again.
+    pub repaired: Vec<u64>,
+    /// Blocks of which the page cache showed what the device never got.
+    pub stale_blocks: u64,
+    /// Blocks that could not be read.
+    pub unreadable_blocks: u64,
     /// Files in the folder that are not the log's; left alone.
     pub unknown_files: Vec<String>,
 }
@@ -67,10 +79,32 @@ pub struct Tail {
     pub mark_sequence: u64,
 }
 
-struct Scanned {
-    number: u64,
-    file: Arc<dyn DiskFile>,
-    scan: SegmentScan,
+/// A log as it was found; nothing has been written.
+pub struct Looked {
+    /// Vote and purge point.
+    pub hard: HardState,
+    /// All segments.
+    pub log: Joined,
+    /// The last one.
+    pub last: Option<Scanned>,
+    /// What it lacks.
+    pub lacking: Lacking,
+    /// So far.
+    pub report: RecoveryReport,
+    /// Numbers of files that are no segments, and why: they are in the way of new ones of that number.
+    pub useless: Vec<(u64, String)>,
+}
+
+/// Gives a file that is no segment another name; it is kept.
+pub fn set_aside(disk: &dyn Disk, dir: &Path, number: u64) -> io::Result<()> {
+    let taken: Vec<String> = disk.list(dir)?.into_iter().map(|f| f.name).collect();
+    let name = segment_name(number);
+    let mut aside = format!("{name}.corrupted");
+    while taken.contains(&aside) {
+        aside.push_str("-again");
+    }
+    disk.rename(&dir.join(name), &dir.join(aside))?;
+    disk.sync_dir(dir)
 }
 
 fn io_at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
@@ -78,13 +112,18 @@ fn io_at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Open
     move |source| OpenError::Io { operation, path, source }
 }
 
-/// Recovers the log of a folder.
-pub fn open_log(disk: &dyn Disk, dir: &Path) -> Result<Opened, OpenError> {
+/// Takes the folder for this process.
+pub fn lock_folder(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn FolderLock>, OpenError> {
     disk.create_dir_all(dir).map_err(io_at("create folder", dir))?;
-    let lock = disk.lock(&dir.join(LOCK_NAME)).map_err(|e| match e.kind() {
+    disk.lock(&dir.join(LOCK_NAME)).map_err(|e| match e.kind() {
         io::ErrorKind::WouldBlock => OpenError::Locked(dir.to_owned()),
         _ => io_at("lock", dir)(e),
-    })?;
+    })
+}
+
+/// Reads the log of a folder and says what it lacks. Writes nothing.
+pub fn look(disk: &dyn Disk, options: &WalOptions) -> Result<Looked, Trouble> {
+    let dir = &options.dir;
     let mut report = RecoveryReport::default();
     let numbers = list_segments(disk, dir, &mut report)?;
     let hard = match HardState::load(disk, dir).map_err(io_at("read hard state in", dir))? {
@@ -94,28 +133,63 @@ pub fn open_log(disk: &dyn Disk, dir: &Path) -> Result<Opened, OpenError> {
         // there was one.
         FoundState::Absent => return Err(lost_hard_state(dir, "is missing")),
         FoundState::Damaged => return Err(lost_hard_state(dir, "is damaged in both copies")),
-        FoundState::NewerFormat(format) => return Err(newer("the hard state", format)),
+        FoundState::NewerFormat(format) => return Err(newer("the hard state", format).into()),
     };
-    let mut log = Joined::new(&hard);
+    let mut log = Joined::new(&hard, u64::from(row_capacity(options.segment_bytes)));
     let mut last: Option<Scanned> = None;
+    let mut useless = Vec::new();
     // One buffer for all segments: recovery needs no more memory for a log of many.
     let mut buf = Vec::new();
+    let newest = numbers.last().copied();
     for number in numbers {
-        let scanned = read_segment(disk, dir, number, &mut buf, &mut report)?;
-        log.add(&scanned)?;
-        last = Some(scanned);
+        match read_segment(disk, dir, number, Some(number) == newest, &mut buf, &mut report)? {
+            Ok(scanned) => {
+                log.add(&scanned)?;
+                last = Some(scanned);
+            }
+            Err(why) => {
+                tracing::warn!(segment = segment_name(number), why, "a file in the WAL is no segment that can be used");
+                report.unknown_files.push(segment_name(number));
+                useless.push((number, why));
+            }
+        }
     }
     drop(buf);
-    log.finish(&hard, last.as_ref())?;
-    let end = match decide(&log.slots(), log.durable_end) {
-        Decision::Keep => log.end(),
-        Decision::CutTail { first_cut } => {
-            report.tail_cut_from = Some(first_cut);
-            first_cut
-        }
-        Decision::Ask(damage) => return Err(OpenError::Ask(damage)),
-        Decision::Repair(damage) => return Err(OpenError::Repair(damage)),
-    };
+    if let Err(trouble) = log.finish(&hard, last.as_ref()) {
+        return Err(match trouble {
+            Trouble::Lost(mut lost) => {
+                let found = useless.iter().map(|(number, why)| Damage {
+                    segment: segment_name(*number),
+                    offset: Some(0),
+                    index: log.end(),
+                    what: why.clone(),
+                });
+                lost.damage = found.chain(lost.damage).collect();
+                Trouble::Lost(lost)
+            }
+            other => other,
+        });
+    }
+    let lacking = lacking(&log.slots(), log.durable_end);
+    Ok(Looked { hard, log, last, lacking, report, useless })
+}
+
+/// Makes what is kept durable. `end`: one more than the last entry that is kept.
+pub fn finish(
+    disk: &dyn Disk,
+    dir: &Path,
+    lock: Box<dyn FolderLock>,
+    looked: Looked,
+    end: u64,
+) -> Result<Opened, Trouble> {
+    let Looked { hard, mut log, last, mut report, useless, .. } = looked;
+    for (number, _) in useless.into_iter().filter(|(n, _)| last.as_ref().is_none_or(|last| *n > last.number)) {
+        // The next segment takes its name.
+        set_aside(disk, dir, number).map_err(io_at("set aside a useless segment in", dir))?;
+    }
+    if end < log.end() {
+        report.tail_cut_from = Some(end);
+    }
     log.cut(end);
     log.check_live();
     log.check_terms()?;
@@ -133,12 +207,13 @@ pub fn open_log(disk: &dyn Disk, dir: &Path) -> Result<Opened, OpenError> {
     Ok(Opened { lock, hard, index, tail, last_crc, committed_end, report })
 }
 
-fn lost_hard_state(dir: &Path, what: &str) -> OpenError {
-    OpenError::Refuse(format!(
+fn lost_hard_state(dir: &Path, what: &str) -> Trouble {
+    let why = format!(
         "the hard state in {} {what}, and no peer can restore this node's vote: the node must come back as a new \
          member with an empty folder (keep this one until then)",
         dir.display()
-    ))
+    );
+    Trouble::Lost(LostLog { why, damage: vec![] })
 }
 
 fn newer(what: &str, format: u32) -> OpenError {
@@ -163,290 +238,77 @@ fn list_segments(disk: &dyn Disk, dir: &Path, report: &mut RecoveryReport) -> Re
     Ok(numbers)
 }
 
+/// A segment, or why its file is none.
 fn read_segment(
     disk: &dyn Disk,
     dir: &Path,
     number: u64,
+    is_newest: bool,
     buf: &mut Vec<u8>,
     report: &mut RecoveryReport,
-) -> Result<Scanned, OpenError> {
+) -> Result<Result<Scanned, String>, OpenError> {
     let path = dir.join(segment_name(number));
     let file = disk.open(&path).map_err(io_at("open", &path))?;
-    read_into(&*file, buf).map_err(io_at("read", &path))?;
+    let unreadable = read_blocks(&*file, buf, is_newest).map_err(io_at("read", &path))?.unreadable;
     report.bytes_read += buf.len() as u64;
-    let scan = scan_segment(buf).map_err(|e| match e {
-        Unreadable::NewerFormat(format) => newer(&path.display().to_string(), format),
-        Unreadable::HeaderDamaged => OpenError::Repair(vec![Damage {
-            segment: segment_name(number),
-            offset: Some(0),
-            index: 0,
-            what: "both copies of the segment's header are damaged".into(),
-        }]),
-    })?;
+    report.unreadable_blocks += unreadable.len() as u64;
+    // Older segments were durable before the next one was begun.
+    let stale = match is_newest {
+        true => stale_blocks(&*file, buf).map_err(io_at("read", &path))?,
+        false => BTreeMap::new(),
+    };
+    report.stale_blocks += stale.len() as u64;
+    let scan = match scan_segment(buf) {
+        Ok(scan) => scan,
+        Err(Unreadable::NewerFormat(format)) => return Err(newer(&path.display().to_string(), format)),
+        Err(Unreadable::HeaderDamaged) => return Ok(Err("both copies of its header are damaged".into())),
+    };
     if scan.header.number != number {
-        return Err(OpenError::Refuse(format!(
-            "{} says that it is segment {}: give it its name back",
-            path.display(),
-            scan.header.number
-        )));
+        return Ok(Err(format!("it says that it is segment {}", scan.header.number)));
     }
-    Ok(Scanned { number, file, scan })
-}
-
-/// An entry as it is kept until the decision: little for each intact one, because there are millions.
-enum Joint {
-    Intact {
-        /// Its frame header's checksum, when the header verifies.
-        header_crc: Option<u32>,
-    },
-    /// With the number of its segment.
-    Bad(Box<(Found, u64)>),
-}
-
-impl Joint {
-    fn new(found: &Found, segment: u64) -> Self {
-        match found.frame {
-            FrameFound::Intact => Self::Intact { header_crc: found.header_crc },
-            FrameFound::Damaged => Self::Bad(Box::new((found.clone(), segment))),
-        }
-    }
-
-    fn header_crc(&self) -> Option<u32> {
-        match self {
-            Self::Intact { header_crc } => *header_crc,
-            Self::Bad(bad) => bad.0.header_crc,
-        }
-    }
-}
-
-/// The live entries of all segments, joined.
-struct Joined {
-    purged_end: u64,
-    segments: VecDeque<SegmentIndex>,
-    /// Entry by entry from the first segment's first index, purged ones included.
-    entries: VecDeque<Joint>,
-    first: Option<u64>,
-    durable_end: u64,
-    committed_end: u64,
-}
-
-impl Joined {
-    fn new(hard: &HardState) -> Self {
-        let purged_end = hard.purged.map(|id| id.index() + 1).unwrap_or_default().max(hard.start);
-        Self {
-            purged_end,
-            segments: VecDeque::new(),
-            entries: VecDeque::new(),
-            first: None,
-            durable_end: 0,
-            committed_end: 0,
-        }
-    }
-
-    fn end(&self) -> u64 {
-        self.first.map(|f| f + self.entries.len() as u64).unwrap_or_default()
-    }
-
-    fn lose(&mut self, upto: u64, segment: u64) {
-        while self.end() < upto {
-            let index = self.end();
-            let lost = Found {
-                index,
-                offset: None,
-                frame: FrameFound::Damaged,
-                row: RowFound::Absent,
-                located: None,
-                header_crc: None,
-            };
-            self.entries.push_back(Joint::new(&lost, segment));
-        }
-    }
-
-    fn add(&mut self, scanned: &Scanned) -> Result<(), OpenError> {
-        let header = &scanned.scan.header;
-        let behind_purge = header.first_index > self.end() && header.first_index <= self.purged_end;
-        if self.first.is_none() || behind_purge {
-            // Whatever came before was purged: the log begins here.
-            self.entries.clear();
-            self.first = Some(header.first_index);
-        }
-        // Entries at and above the header's first index were truncated when this segment was begun.
-        let keep = usize::try_from(header.first_index.saturating_sub(self.first.unwrap_or_default()));
-        self.entries.truncate(keep.unwrap_or(usize::MAX));
-        if self.entries.is_empty() {
-            // All that came before is void or purged.
-            self.first = Some(header.first_index);
-        }
-        for segment in &mut self.segments {
-            let keep = usize::try_from(header.first_index.saturating_sub(segment.first_index));
-            segment.entries.truncate(keep.unwrap_or(usize::MAX));
-            segment.first_index = segment.first_index.min(header.first_index);
-        }
-        self.lose(header.first_index, scanned.number.saturating_sub(1));
-        let known = self.entries.back().and_then(Joint::header_crc);
-        if header.previous_crc != 0 && known.is_some_and(|crc| crc != header.previous_crc) {
-            return Err(OpenError::Refuse(format!(
-                "{} does not continue the segment before it: it belongs to another log",
-                segment_name(scanned.number)
-            )));
-        }
-        // The header was synced when all below it was durable and nothing of it was above.
-        self.durable_end = scanned.scan.durable_end;
-        self.committed_end = self.committed_end.max(scanned.scan.committed_end);
-        assert_eq!(self.end(), header.first_index, "segment {} does not begin where the log ends", scanned.number);
-        self.entries.extend(scanned.scan.entries.iter().map(|found| Joint::new(found, scanned.number)));
-        self.segments.push_back(SegmentIndex {
-            number: scanned.number,
-            identity: header.identity,
-            segment_bytes: header.segment_bytes,
-            file: Arc::clone(&scanned.file),
-            first_index: header.first_index,
-            // A damaged entry keeps its position here, without a place to read it from: it is purged, or
-            // cut, or the log does not open (see `check_live`).
-            entries: scanned.scan.entries.iter().map(|found| found.located.unwrap_or(Located::NOWHERE)).collect(),
-        });
-        Ok(())
-    }
-
-    /// Adds what should be there and is not.
-    fn finish(&mut self, hard: &HardState, last: Option<&Scanned>) -> Result<(), OpenError> {
-        let newest = self.segments.back().map(|s| s.number).unwrap_or_default();
-        if newest < hard.segment_last {
-            return Err(OpenError::Repair(vec![Damage {
-                segment: segment_name(hard.segment_last),
-                offset: None,
-                index: self.end(),
-                what: format!("segments {} to {} are missing", newest + 1, hard.segment_last),
-            }]));
-        }
-        if let Some(first) = self.first
-            && first > self.purged_end
-        {
-            let missing = format!("entries {} to {} are missing", self.purged_end, first - 1);
-            return Err(OpenError::Repair(vec![Damage {
-                segment: self.segments.front().map(SegmentIndex::name).unwrap_or_default(),
-                offset: None,
-                index: self.purged_end,
-                what: missing,
-            }]));
-        }
-        self.lose(self.durable_end, newest);
-        if let Some(last) = last.filter(|last| last.scan.short_by > 0) {
-            // Whatever was cut off may have held an entry of the last group, row and frame and all.
-            let index = self.end();
-            let (frame, row) = (FrameFound::Damaged, RowFound::Damaged);
-            let offset = Some(last.scan.end_offset);
-            let lost = Found { index, offset, frame, row, located: None, header_crc: None };
-            self.entries.push_back(Joint::new(&lost, newest));
-        }
-        Ok(())
-    }
-
-    /// The entries that are not intact: intact ones are kept whatever their row, and purged ones do not matter.
-    fn slots(&self) -> Vec<Slot> {
-        let bad = self.entries.iter().filter_map(|entry| match entry {
-            Joint::Bad(bad) => Some(&**bad),
-            Joint::Intact { .. } => None,
-        });
-        let slot = |(found, number): &(Found, u64)| Slot {
-            index: found.index,
-            segment: segment_name(*number),
-            offset: found.offset,
-            frame: found.frame,
-            row: found.row,
-        };
-        bad.filter(|(found, _)| found.index >= self.purged_end).map(slot).collect()
-    }
-
-    fn cut(&mut self, end: u64) {
-        let keep = usize::try_from(end.saturating_sub(self.first.unwrap_or_default())).unwrap_or(usize::MAX);
-        self.entries.truncate(keep);
-        for segment in &mut self.segments {
-            let keep = usize::try_from(end.saturating_sub(segment.first_index)).unwrap_or(usize::MAX);
-            segment.entries.truncate(keep);
-            segment.first_index = segment.first_index.min(end);
-        }
-    }
-
-    /// What is kept is intact: whatever the decision was, nothing else may pass here.
-    fn check_live(&self) {
-        for (position, entry) in self.entries.iter().enumerate() {
-            let index = self.first.unwrap_or_default() + position as u64;
-            let is_intact = matches!(entry, Joint::Intact { .. });
-            assert!(index < self.purged_end || is_intact, "entry {index} is kept and cannot be read");
-        }
-    }
-
-    fn check_terms(&self) -> Result<(), OpenError> {
-        let mut last = 0;
-        for segment in &self.segments {
-            for (index, located) in (segment.first_index..).zip(&segment.entries) {
-                if index < self.purged_end {
-                    continue;
-                }
-                let term = located.term;
-                if term < last {
-                    return Err(OpenError::Refuse(format!(
-                        "entry {index} in {} has term {term} behind term {last}: terms never decrease, so this is \
-                         not one log",
-                        segment.name(),
-                    )));
-                }
-                last = term;
-            }
-        }
-        Ok(())
-    }
-
-    fn last_crc(&self) -> u32 {
-        self.entries.back().and_then(Joint::header_crc).unwrap_or_default()
-    }
+    Ok(Ok(Scanned { number, file, scan, unreadable, stale }))
 }
 
 /// Writes again and syncs what is kept above D in the last segment: after an unclean stop, what the
 /// page cache shows may never reach the disk. Returns where to go on, if it can be there.
 fn make_durable(log: &Joined, last: Scanned, cut: bool, dir: &Path) -> Result<Option<Tail>, OpenError> {
-    let Scanned { number, file, scan } = last;
+    let Scanned { number, file, scan, unreadable, stale } = last;
     let path = dir.join(segment_name(number));
     let header = scan.header;
     let end = log.end();
-    let copy = |from: u64, bytes: u64| -> io::Result<()> {
-        let mut buf = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
-        let read = file.read_at(&mut buf, from)?;
-        if read < buf.len() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        file.write_at(&buf, from)
-    };
-    let write = || -> io::Result<()> {
+    let mut patch = Patch::new(Arc::clone(&file), &stale);
+    let mut fill = || -> io::Result<()> {
         for at in HEADER_OFFSETS {
-            file.write_at(&header.encode(), at)?;
+            if unreadable.contains(&(at / BLOCK_BYTES as u64)) {
+                patch.clear_block(at / BLOCK_BYTES as u64);
+            }
+            patch.put(at, &header.encode())?;
         }
         let unsynced = |f: &&Found| f.index >= log.durable_end && f.index < end && f.frame == FrameFound::Intact;
         let first = scan.entries.iter().find(unsynced).and_then(|f| f.offset);
         if let Some(first) = first {
-            copy(first, end_offset_of(&scan, end).saturating_sub(first))?;
+            patch.touch(first, end_offset_of(&scan, end).saturating_sub(first))?;
         }
-        let used = end.saturating_sub(header.first_index).min(scan.entries.len() as u64);
-        if used > 0 {
-            for (position, found) in scan.entries.iter().take(usize::try_from(used).unwrap_or(usize::MAX)).enumerate() {
-                // A row that the power cut lost is written anew from its intact frame.
-                if found.row != RowFound::Intact
-                    && let (Some(located), Some(_)) = (found.located, found.offset)
-                {
-                    let at = ROWS_OFFSET + (position * ROW_BYTES) as u64;
-                    file.write_at(&row_of(found.index, &located).encode(header.identity), at)?;
-                }
+        for (found, at) in scan.entries.iter().filter(|f| f.index < end).zip((ROWS_OFFSET..).step_by(ROW_BYTES)) {
+            let block = at / BLOCK_BYTES as u64;
+            if unreadable.contains(&block) {
+                continue;
             }
-            let unsynced_rows = used.saturating_sub(log.durable_end.saturating_sub(header.first_index));
-            copy(ROWS_OFFSET + (used - unsynced_rows) * ROW_BYTES as u64, unsynced_rows * ROW_BYTES as u64)?;
+            // A row that the power cut lost is written anew from its intact frame.
+            match found.located {
+                Some(located) if found.row != RowFound::Intact => {
+                    patch.put(at, &row_of(found.index, &located).encode(header.identity))?;
+                }
+                _ if found.index >= log.durable_end => patch.touch(at, ROW_BYTES as u64)?,
+                _ => {}
+            }
         }
-        file.sync_data()
+        Ok(())
     };
-    write().map_err(io_at("make durable", &path))?;
+    fill().and_then(|()| patch.write()).map_err(io_at("make durable", &path))?;
     let clean = scan.tail_clean && !cut && end == header.first_index + scan.entries.len() as u64;
     let rows_used = u32::try_from(scan.entries.len()).unwrap_or(u32::MAX);
-    if !clean || end < log.purged_end || rows_used >= header.rows {
+    if !clean || end < log.purged_end || rows_used >= header.rows || !unreadable.is_empty() || scan.short_by > 0 {
         return Ok(None);
     }
     Ok(Some(Tail { header, file, rows_used, offset: scan.end_offset, mark_sequence: scan.mark_sequence }))

@@ -132,11 +132,13 @@ impl WalReader {
             index,
             "{unreadable}: asking for a copy"
         );
+        // What it is known here in full: no anchor is needed to tell it from others.
         let question = EntryQuestion {
             index,
             term: Some(unreadable.term),
             payload_crc: Some(unreadable.payload_crc),
             header_crc: None,
+            anchor: None,
             durable: index < self.shared.flushed_end(),
         };
         let copy = healer.heal(question).await?;
@@ -147,7 +149,7 @@ impl WalReader {
             tracing::warn!(index, term = copy.term, "the copy of a damaged entry is of another entry");
             return None;
         }
-        let entry = entry::decode(copy.kind, copy.term, index, copy.payload.clone());
+        let entry = entry::decode(copy.kind()?, copy.term, index, copy.payload.clone());
         let entry = entry.inspect_err(|error| tracing::warn!(index, %error, "the copy cannot be decoded")).ok()?;
         if let Some(log) = self.log.upgrade() {
             // The reader has what it needs; whether the disk takes it shows in the log of the program, or latches.

@@ -96,23 +96,38 @@ pub enum Decision {
     Repair(Vec<Damage>),
 }
 
-/// Decides over all slots in index order. `durable_end` is one more than D.
-pub fn decide(slots: &[Slot], durable_end: u64) -> Decision {
-    let mut repair = Vec::new();
-    let mut ask = Vec::new();
-    let mut first_cut = None;
+/// What the log lacks, and where it ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lacking {
+    /// Durable entries that are damaged.
+    pub repair: Vec<Damage>,
+    /// Entries that only peers can tell about.
+    pub ask: Vec<Damage>,
+    /// First index that goes as never acknowledged.
+    pub first_cut: Option<u64>,
+}
+
+/// Looks the slots up in the table, in index order, up to the first cut. `durable_end` is one more than D.
+pub fn lacking(slots: &[Slot], durable_end: u64) -> Lacking {
+    let mut lacking = Lacking::default();
     for slot in slots {
         let place = if slot.index < durable_end { Place::Synced } else { Place::Unsynced };
         match verdict(slot.frame, slot.row, place) {
             Verdict::Keep => {}
-            Verdict::Repair => repair.push(damage_of(slot)),
-            Verdict::Ask => ask.push(damage_of(slot)),
+            Verdict::Repair => lacking.repair.push(damage_of(slot)),
+            Verdict::Ask => lacking.ask.push(damage_of(slot)),
             Verdict::CutTail => {
-                first_cut = Some(slot.index);
+                lacking.first_cut = Some(slot.index);
                 break;
             }
         }
     }
+    lacking
+}
+
+/// Decides over all slots in index order. `durable_end` is one more than D.
+pub fn decide(slots: &[Slot], durable_end: u64) -> Decision {
+    let Lacking { repair, ask, first_cut } = lacking(slots, durable_end);
     if !repair.is_empty() {
         // What is torn above the damage is decided when the damage has been repaired.
         return Decision::Repair(repair);

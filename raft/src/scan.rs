@@ -2,8 +2,8 @@
 
 use crate::{
     frame::{
-        FRAME_ALIGN, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, Invalid, MARK_OFFSETS, Mark, ROW_BYTES,
-        ROWS_OFFSET, Row, SegmentHeader, data_offset, frame_bytes, payload_crc,
+        CUT_OFFSETS, CutRecord, EntryKind, FRAME_ALIGN, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, Invalid,
+        MARK_OFFSETS, Mark, ROW_BYTES, ROWS_OFFSET, Row, SegmentHeader, data_offset, frame_bytes, payload_crc,
     },
     index::Located,
     recovery::{FrameFound, RowFound},
@@ -25,8 +25,42 @@ pub struct Found {
     pub row: RowFound,
     /// Where to read it, when the frame is intact.
     pub located: Option<Located>,
-    /// The frame header's checksum, when the header verifies.
+    /// What the next frame carries on of this one, when its header verifies: the header's checksum, or that of the
+    /// frame in whose place a repair wrote it.
     pub header_crc: Option<u32>,
+    /// What its header carries on of the frame before it, when the header verifies.
+    pub previous_crc: Option<u32>,
+    /// What its header, or else its row, says of the entry.
+    pub known: Option<Known>,
+}
+
+/// What an entry was, as far as header or row still tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Term of the entry.
+    pub term: u64,
+    /// Bytes of its payload.
+    pub payload_bytes: u32,
+    /// CRC-32 of its payload.
+    pub payload_crc: u32,
+    /// What the payload is; rows do not say.
+    pub kind: Option<EntryKind>,
+}
+
+impl Found {
+    /// An entry that should be there and of which no frame is found.
+    pub fn lost(index: u64, offset: Option<u64>, row: RowFound) -> Self {
+        Self {
+            index,
+            offset,
+            frame: FrameFound::Damaged,
+            row,
+            located: None,
+            header_crc: None,
+            previous_crc: None,
+            known: None,
+        }
+    }
 }
 
 /// A segment as found.
@@ -50,6 +84,8 @@ pub struct SegmentScan {
     pub short_by: u64,
     /// Nothing but zeros follows the last entry, in the table and behind the frames.
     pub tail_clean: bool,
+    /// The segment was cut by the repair tool.
+    pub cut: Option<CutRecord>,
 }
 
 /// Why a segment cannot be scanned.
@@ -97,7 +133,9 @@ pub fn scan_segment(bytes: &[u8]) -> Result<SegmentScan, Unreadable> {
         }
     }
     let tail_clean = walk.run();
+    let cut = CUT_OFFSETS.iter().find_map(|at| CutRecord::decode(slice_from(bytes, *at), header.identity).ok());
     Ok(SegmentScan {
+        cut,
         header,
         header_copy_damaged,
         entries: walk.entries,
@@ -210,6 +248,10 @@ impl Walk<'_> {
                     Ok(row) if u64::from(row.offset) >= self.offset => {
                         let next = u64::from(row.offset) + frame_bytes(row.payload_bytes);
                         self.lost(Some(u64::from(row.offset)), RowFound::Intact);
+                        let Row { term, payload_bytes, payload_crc, .. } = row;
+                        if let Some(lost) = self.entries.last_mut() {
+                            lost.known = Some(Known { term, payload_bytes, payload_crc, kind: None });
+                        }
                         self.offset = next;
                     }
                     Ok(_) | Err(_) => match self.anchor() {
@@ -236,6 +278,13 @@ impl Walk<'_> {
             row,
             located,
             header_crc: Some(sum),
+            previous_crc: Some(header.previous_crc),
+            known: Some(Known {
+                term: header.term,
+                payload_bytes: header.payload_bytes,
+                payload_crc: header.payload_crc,
+                kind: Some(header.kind),
+            }),
         });
         // The header verifies, so its promises hold even when the payload does not.
         self.durable_end = self.durable_end.max(header.synced_end);
@@ -245,8 +294,7 @@ impl Walk<'_> {
     }
 
     fn lost(&mut self, offset: Option<u64>, row: RowFound) {
-        let index = self.index();
-        self.entries.push(Found { index, offset, frame: FrameFound::Damaged, row, located: None, header_crc: None });
+        self.entries.push(Found::lost(self.index(), offset, row));
         self.chain = None;
     }
 

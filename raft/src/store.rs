@@ -16,10 +16,13 @@ use crate::{
     disk::Disk,
     entry,
     error::{Latched, OpenError},
-    open::{Opened, RecoveryReport, open_log},
+    open::{Opened, RecoveryReport},
     options::WalOptions,
+    pending::{self, PendingLog},
     reader::WalReader,
+    repair::LostLog,
     shared::Shared,
+    source::EntrySource,
     types::{Entry, LogId, TypeConfig, Vote},
     writer::{Job, Writer, cost_bytes},
 };
@@ -52,29 +55,71 @@ pub(crate) fn writer_gone() -> Latched {
     Latched { operation: "reach the writer of", file: "the log".into(), error: "its thread has ended".into() }
 }
 
+/// What opening a log came to.
+pub enum OpenStep {
+    /// The log is whole and its writer runs.
+    Ready(WalStore, RecoveryReport),
+    /// Entries are damaged, and only peers can give them back or say that they never were.
+    AskPeers(PendingLog),
+    /// Single entries cannot repair it: the node must be rebuilt under a fresh id.
+    Rebuild(LostLog),
+}
+
+impl std::fmt::Debug for OpenStep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ready(_, report) => f.debug_tuple("Ready").field(report).finish(),
+            Self::AskPeers(pending) => f.debug_tuple("AskPeers").field(pending).finish(),
+            Self::Rebuild(lost) => f.debug_tuple("Rebuild").field(lost).finish(),
+        }
+    }
+}
+
+/// Starts the writer of an opened log.
+pub(crate) fn start(step: pending::Step, disk: Arc<dyn Disk>, options: WalOptions) -> Result<OpenStep, OpenError> {
+    let opened = match step {
+        pending::Step::Opened(opened) => *opened,
+        pending::Step::Ask(pending) => return Ok(OpenStep::AskPeers(*pending)),
+        pending::Step::Lost(lost) => return Ok(OpenStep::Rebuild(lost)),
+    };
+    let failed = |operation| {
+        let path = options.dir.clone();
+        move |source| OpenError::Io { operation, path, source }
+    };
+    let Opened { lock, hard, index, tail, last_crc, committed_end, report } = opened;
+    let shared = Shared::new(index, hard.vote, committed_end, Arc::clone(&options.io_times));
+    let writer = Writer::new(options.clone(), disk, Arc::clone(&shared), hard, tail, last_crc, lock)
+        .map_err(failed("start the log in"))?;
+    let (jobs, inbox) = mpsc::channel();
+    let thread = std::thread::Builder::new()
+        .name("wal-writer".into())
+        .spawn(move || writer.run(&inbox))
+        .map_err(failed("start the writer of"))?;
+    let inner = Inner {
+        shared,
+        jobs,
+        in_flight: Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX)),
+        thread: Mutex::new(Some(thread)),
+    };
+    Ok(OpenStep::Ready(WalStore { inner: Arc::new(inner) }, report))
+}
+
 impl WalStore {
-    /// Recovers the log of a folder and starts its writer. Blocking: reads the whole log.
+    /// Recovers the log of a folder and starts its writer, for those who cannot ask peers: damage is refused.
+    /// Blocking: reads the whole log.
     pub fn open(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Self, RecoveryReport), OpenError> {
-        let failed = |operation| {
-            let path = options.dir.clone();
-            move |source| OpenError::Io { operation, path, source }
-        };
-        let Opened { lock, hard, index, tail, last_crc, committed_end, report } = open_log(&*disk, &options.dir)?;
-        let shared = Shared::new(index, hard.vote, committed_end, Arc::clone(&options.io_times));
-        let writer = Writer::new(options.clone(), disk, Arc::clone(&shared), hard, tail, last_crc, lock)
-            .map_err(failed("start the log in"))?;
-        let (jobs, inbox) = mpsc::channel();
-        let thread = std::thread::Builder::new()
-            .name("wal-writer".into())
-            .spawn(move || writer.run(&inbox))
-            .map_err(failed("start the writer of"))?;
-        let inner = Inner {
-            shared,
-            jobs,
-            in_flight: Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX)),
-            thread: Mutex::new(Some(thread)),
-        };
-        Ok((Self { inner: Arc::new(inner) }, report))
+        match Self::begin_open(disk, options)? {
+            OpenStep::Ready(store, report) => Ok((store, report)),
+            OpenStep::AskPeers(pending) => Err(pending.into_error()),
+            OpenStep::Rebuild(LostLog { why, damage }) if damage.is_empty() => Err(OpenError::Refuse(why)),
+            OpenStep::Rebuild(LostLog { damage, .. }) => Err(OpenError::Repair(damage)),
+        }
+    }
+
+    /// Looks at the log of a folder, and starts its writer if nothing is missing. Nothing is written before
+    /// everything is decided. Blocking: reads the whole log.
+    pub fn begin_open(disk: Arc<dyn Disk>, options: WalOptions) -> Result<OpenStep, OpenError> {
+        start(pending::begin(Arc::clone(&disk), options.clone())?, disk, options)
     }
 
     /// Whether nothing was ever kept here: no vote, no entry, nothing purged.
@@ -102,6 +147,11 @@ impl WalStore {
 }
 
 impl WalHandle {
+    /// Answers other nodes' questions about entries.
+    pub fn source(&self) -> EntrySource {
+        EntrySource::running(Arc::clone(&self.inner.shared))
+    }
+
     /// The last entry, or the purged one where there is none.
     pub fn last_log_id(&self) -> Option<LogId> {
         self.inner.shared.index().last_log_id()

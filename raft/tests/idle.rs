@@ -15,7 +15,7 @@ async fn an_idle_log_is_marked_once_and_then_left_alone() {
     append(&mut store, vec![entry(1, 0, "x")]).await.unwrap();
     // The first sync under this name is that of the group.
     let marks = || sim.operations().iter().filter(|o| *o == "sync segment.001.wal").skip(1).count();
-    let patience = tokio::time::Instant::now() + Duration::from_secs(10);
+    let patience = tokio::time::Instant::now() + Duration::from_secs(60);
     while marks() == 0 && tokio::time::Instant::now() < patience {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

@@ -2,9 +2,11 @@
 //!
 //! No match here has a wildcard: a new refusal or error does not compile until it has its answer.
 
+use serde_json::{Value, json};
+
 use crate::{
     model::Invalid,
-    node::{ReadError, SubmitError},
+    node::{ReadError, SubmitError, shortages_text, space::Shortage},
     state::command::Refusal,
     store_helpers::StoreError,
 };
@@ -13,6 +15,9 @@ use super::problem::{Kind, Problem, WriteOutcome};
 
 /// Seconds after which a request that met a passing state is worth repeating: an election is over by then.
 pub const RETRY_AFTER_S: u64 = 1;
+
+/// The same after a full disk: a person has to make room first.
+const RETRY_FULL_AFTER_S: u64 = 5;
 
 /// A field that breaks a rule of the model.
 pub fn invalid(invalid: &Invalid) -> Problem {
@@ -104,11 +109,11 @@ pub fn submit_error(error: SubmitError, commands_max: u64) -> Problem {
             let detail = format!("This node did not get the write applied: {detail}.");
             let problem = match status {
                 429 => Problem::new(Kind::TooManyRequests, detail).rate_limit(commands_max),
-                507 => Problem::new(Kind::DiskFull, detail),
                 _ => Problem::new(Kind::Unavailable, detail),
             };
             problem.retry_after(retry_after_s.max(1)).outcome(WriteOutcome::NotApplied)
         }
+        SubmitError::DiskFull(shortages) => disk_full(&shortages),
         SubmitError::Unknown { detail } => Problem::new(
             Kind::OutcomeUnknown,
             format!(
@@ -118,6 +123,36 @@ pub fn submit_error(error: SubmitError, commands_max: u64) -> Problem {
         )
         .retry_after(RETRY_AFTER_S),
     }
+}
+
+/// Nothing was written because disks are full: what is free, what is needed, and what to do.
+fn disk_full(shortages: &[Shortage]) -> Problem {
+    let detail = format!(
+        "The write was not applied: {}. Writes go on by themselves once there is room. Until then reads go on, and \
+         retractions (POST /v1/supersede without \"new\") are taken while a reserve lasts.",
+        shortages_text(shortages)
+    );
+    let nodes: Vec<Value> = shortages
+        .iter()
+        .map(|s| {
+            json!({
+                "node": s.node,
+                "data_dir": s.data_dir,
+                "bytes_free": s.bytes_free,
+                "bytes_needed": s.bytes_needed(),
+                "inodes_free": s.inodes_free,
+                "inodes_needed": s.inodes_needed(),
+                "next_command": format!("df -h {0}; df -i {0}", s.data_dir),
+            })
+        })
+        .collect();
+    let problem = Problem::new(Kind::DiskFull, detail).with("nodes", nodes);
+    // The node that lacks most, for whoever reads one number.
+    let problem = match shortages.iter().max_by_key(|s| (s.bytes_needed(), s.inodes_needed())) {
+        Some(most) => problem.with("bytes_free", most.bytes_free).with("bytes_needed", most.bytes_needed()),
+        None => problem,
+    };
+    problem.retry_after(RETRY_FULL_AFTER_S).outcome(WriteOutcome::NotApplied)
 }
 
 /// A read that could not be served.

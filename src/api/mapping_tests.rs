@@ -35,7 +35,7 @@ fn every_refusal_has_its_answer() {
 
 #[test]
 fn a_submit_error_keeps_what_is_known_of_the_write() {
-    for (status, kind) in [(429, Kind::TooManyRequests), (503, Kind::Unavailable), (507, Kind::DiskFull)] {
+    for (status, kind) in [(429, Kind::TooManyRequests), (503, Kind::Unavailable)] {
         let error = SubmitError::NotApplied { status, detail: text("why"), retry_after_s: 3 };
         let problem = submit_error(error, 10_000).on_write(false);
         assert_eq!((problem.kind(), problem.status()), (kind, status));
@@ -46,6 +46,34 @@ fn a_submit_error_keeps_what_is_known_of_the_write() {
     }
     let unknown = submit_error(SubmitError::Unknown { detail: text("why") }, 1).on_write(false);
     assert_eq!((unknown.status(), unknown.write_outcome()), (503, Some(Unknown)));
+}
+
+#[test]
+fn a_full_disk_is_answered_with_what_is_free_and_what_to_do() {
+    let shortage = |node: &str, bytes_free| Shortage {
+        node: text(node),
+        data_dir: text("/data"),
+        bytes_free,
+        bytes_wanted: 1_500,
+        inodes_free: Some(9),
+        inodes_wanted: 24,
+        blocked: None,
+    };
+    let full = SubmitError::DiskFull(vec![shortage("node-1", 900), shortage("node-2", 100)]);
+    let problem = submit_error(full, 1).on_write(false);
+    assert_eq!((problem.kind(), problem.status()), (Kind::DiskFull, 507));
+    assert_eq!(problem.write_outcome(), Some(NotApplied));
+    assert_eq!(
+        (problem.member("bytes_free").unwrap(), problem.member("bytes_needed").unwrap()),
+        (&100.into(), &1_400.into())
+    );
+    let nodes = problem.member("nodes").unwrap();
+    assert_eq!((&nodes[0]["node"], &nodes[0]["inodes_needed"]), (&"node-1".into(), &15.into()));
+    assert_eq!(nodes[1]["next_command"], "df -h /data; df -i /data");
+    for part in ["node-1", "node-2", "100 bytes are free", "Free at least 1400 bytes", "reads go on"] {
+        assert!(problem.detail().contains(part), "{part}: {}", problem.detail());
+    }
+    assert_eq!(serde_json::to_value(&problem).unwrap()["retry_after_s"], 5);
 }
 
 #[test]

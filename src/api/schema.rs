@@ -178,7 +178,7 @@ pub struct HistoryAnswer {
 /// What a node says of itself.
 #[derive(ToSchema)]
 pub struct HealthAnswer {
-    /// `ok`, `starting`, `failed` or `stopping`.
+    /// `ok`, `starting`, `repairing`, `failed` or `stopping`.
     pub status: String,
     /// The node's name.
     pub name: String,
@@ -193,6 +193,8 @@ pub struct HealthAnswer {
     /// State of the disk: `{"state": "ok" | "failed", "reason"}`.
     #[schema(value_type = Object)]
     pub disk: serde_json::Value,
+    /// What the log waits for while it is being repaired from the other nodes; absent otherwise.
+    pub repairing: Option<String>,
     /// Version of the program.
     pub version: String,
 }

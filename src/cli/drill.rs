@@ -1,39 +1,40 @@
-//! `stemedb drill --kind kill`: kills leaders of a throw-away cluster under load, and judges.
+//! `stemedb drill`: breaks a throw-away cluster under load, and judges.
 //!
-//! Each round kills the leader with SIGKILL while all clients work, waits until they are served again,
-//! restarts the killed node and waits until it has caught up. Clients of the surviving nodes must not
-//! see a single error; those of the dead node repeat their write with the same key elsewhere. At the
-//! end every node is listed in full and compared with what the clients were told.
+//! `kill`: each round kills the leader with SIGKILL while all clients work, waits until they are served
+//! again, restarts the killed node and waits until it has caught up. Clients of the surviving nodes
+//! must not see a single error; those of the dead node repeat their write with the same key elsewhere.
+//! `fsync` and `stall` (`drill_disk`) break the leader's disk instead, on file systems of their own.
+//! At the end every node is listed in full and compared with what the clients were told.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::dev::StopSignals;
+use super::drill_disk::{self, Disks};
 use super::drill_load::{self, Load};
-use super::drill_report::{DrillReport, Round, median_and_worst_ms, progress_line, text};
-use super::http_client::{CALL_TIMEOUT, Call, Client};
+use super::drill_open::{self, Offered};
+use super::drill_report::{DrillReport, RoundReport, progress_line, text};
+use super::drill_watch::{Down, survivor_errors};
 use super::local_cluster::{LocalCluster, NodePlan, free_port, plan};
-use super::status::{self, NodeHealth};
-use super::{CliError, output};
-use crate::judge::{self, History, ReadOutcome, WriteOutcome, longest_gap_touching, summarize_gaps};
+use super::{CliError, drill_disk_report, drill_kill, output};
+use crate::judge::{self, History, WriteOutcome, summarize_gaps};
 
 /// How long all nodes may take to become ready, at the start and after each restart.
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
+pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a new leader may take to serve before the drill calls it a failure.
-const SERVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Load before the fault and after the first answer of the new leader: the fault must meet a busy cluster.
+pub const STEADY: Duration = Duration::from_millis(1000);
 
-/// Load before the kill and after the first answer of the new leader: the kill must meet a busy cluster.
-const STEADY: Duration = Duration::from_millis(1000);
-
-/// Pause between two looks at a condition.
-const POLL: Duration = Duration::from_millis(5);
+/// How long the most that the cluster takes is measured, for `--rate-fraction`.
+const MEASURED: Duration = Duration::from_secs(4);
 
 /// Writes sent once more at the end, beside those that were retried during the drill.
 const REPEATED_SAMPLE: usize = 500;
@@ -44,13 +45,10 @@ const REPEATED_MAX: usize = 5000;
 /// Client keys are replicated state for 15 minutes; this stays clear of that.
 const KEY_LIFE_US: u64 = 10 * 60 * 1_000_000;
 
-/// Errors shown in full.
-const ERROR_SAMPLES_MAX: usize = 10;
-
 /// Arguments of `stemedb drill`.
 #[derive(Args, Debug, Clone)]
 pub struct DrillArgs {
-    /// What to break
+    /// What to break; fsync and stall need root and the helper program stemedb-faulty-disk
     #[arg(long, value_enum, default_value_t = DrillKind::Kill)]
     kind: DrillKind,
     /// How many times
@@ -59,52 +57,82 @@ pub struct DrillArgs {
     /// Clients, spread over all nodes
     #[arg(long, default_value_t = 64)]
     clients: u32,
+    /// Offer this share of the most that the clients got done before the first round, whatever the answers take, in
+    /// place of one request at a time per client
+    #[arg(long, value_name = "SHARE")]
+    rate_fraction: Option<f64>,
     /// Bytes of each value
     #[arg(long, default_value_t = 128)]
     value: usize,
     /// Folder for the nodes; must be empty or absent, and is kept. Default: a temporary one, removed on success
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// fsync, stall: the helper program. Default: stemedb-faulty-disk beside this program
+    #[arg(long, value_name = "PATH")]
+    faulty_disk: Option<PathBuf>,
+    /// fsync, stall: size of each node's disk in MiB; takes what is written
+    #[arg(long, default_value_t = 2048)]
+    disk_mb: u64,
+    /// fsync: restart the node by hand when the fault is lifted, instead of waiting until it has rebuilt itself
+    #[arg(long)]
+    no_rebuild_wait: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-/// What to break. More kinds follow.
+/// What to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DrillKind {
+pub enum DrillKind {
     /// kill -9 of the leader
     Kill,
+    /// Writes of the leader's log to its disk fail, so that its fsync does
+    Fsync,
+    /// The leader's disk hangs for ever
+    Stall,
 }
 
 /// Runs the drill and prints the report. Exit code 1 when the judge found anything.
 pub async fn run(args: &DrillArgs) -> Result<(), CliError> {
-    let DrillKind::Kill = args.kind;
     if !(1..=10_000).contains(&args.rounds) || !(1..=3000).contains(&args.clients) {
         return Err(CliError::Usage("--rounds takes 1 to 10000, --clients 1 to 3000".to_owned()));
     }
     if !(16..=1 << 20).contains(&args.value) {
         return Err(CliError::Usage(format!("--value {}: 16 to {} bytes", args.value, 1 << 20)));
     }
+    if args.rate_fraction.is_some_and(|share| !(0.01..=1.0).contains(&share)) {
+        return Err(CliError::Usage("--rate-fraction takes 0.01 to 1".to_owned()));
+    }
+    if !(256..=1 << 20).contains(&args.disk_mb) {
+        return Err(CliError::Usage("--disk-mb takes 256 to 1048576".to_owned()));
+    }
+    let needs_disks = args.kind != DrillKind::Kill;
+    let program = needs_disks.then(|| super::faulty_disk::find_program(args.faulty_disk.as_deref())).transpose()?;
     let mut stop = StopSignals::new()?;
     let folder = Folder::new(args.data.clone())?;
-    let mut cluster = LocalCluster::prepare(plan(&folder.path, 3, free_port(3)?)?)?;
+    let mut nodes = plan(&folder.path, 3, free_port(3)?)?;
+    let disks = match program {
+        Some(program) => Some(Disks::start(program, &folder.path, &mut nodes, args.disk_mb).await?),
+        None => None,
+    };
+    let mut cluster = LocalCluster::prepare(nodes)?;
     let outcome = tokio::select! {
-        outcome = drill(args, &mut cluster) => outcome,
+        outcome = drill(args, &mut cluster, disks.as_ref()) => outcome,
         () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),
     };
+    if let Some(disks) = &disks {
+        disks.heal();
+    }
     let stopped = cluster.stop_all().await;
-    folder.finish(outcome.as_ref().is_ok_and(|report| report.passed));
-    let report = outcome?;
+    // Waits until nothing is mounted any more.
+    drop(disks);
+    folder.finish(outcome.as_ref().is_ok_and(|(_, passed)| *passed));
+    let (report, passed) = outcome?;
     for name in stopped? {
         output::notice(&format!("{name} did not stop in time and was killed"));
     }
-    if args.json {
-        output::json(&report)?;
-    } else {
-        output::line(&text(&report))?;
-    }
-    if report.passed {
+    output::line(&report)?;
+    if passed {
         return Ok(());
     }
     Err(CliError::Found("the drill found what must not happen".to_owned()))
@@ -145,177 +173,118 @@ impl Folder {
     }
 }
 
-async fn drill(args: &DrillArgs, cluster: &mut LocalCluster) -> Result<DrillReport, CliError> {
+/// All rounds and the judge; the report as it is to be printed, and whether it is clean.
+async fn drill(
+    args: &DrillArgs,
+    cluster: &mut LocalCluster,
+    disks: Option<&Disks>,
+) -> Result<(String, bool), CliError> {
     cluster.start_all()?;
     cluster.wait_ready(READY_TIMEOUT).await?;
     let endpoints = cluster.plan().iter().map(NodePlan::endpoint).collect::<Result<Vec<_>, _>>()?;
+    let measured_per_s = match args.rate_fraction {
+        Some(_) => Some(measure(args, Load::new(endpoints.clone(), args.value, rand::random())).await?),
+        None => None,
+    };
     let load = Load::new(endpoints, args.value, rand::random());
-    let mut clients = JoinSet::new();
-    for number in 0..args.clients {
-        clients.spawn(drill_load::client(Arc::clone(&load), number));
-    }
-    let mut rounds = Vec::new();
+    let rate = args.rate_fraction.zip(measured_per_s).map(|(share, most)| share * most);
+    let clients = Clients::start(args, &load, rate);
     let mut downs = Vec::new();
-    for round in 1..=args.rounds {
-        let done = kill_round(cluster, &load, round, &mut downs).await?;
-        output::notice(&progress_line(&done, args.rounds));
-        rounds.push(done);
-    }
-    load.stop();
-    while let Some(client) = clients.join_next().await {
-        client.map_err(|error| CliError::Local(format!("a client failed: {error}")))?.map_err(CliError::Local)?;
-    }
-    judge_run(args, &load, rounds, &downs).await
-}
-
-/// A time in which a node was dead or not yet back: errors of its own clients are expected then.
-struct Down {
-    node: u16,
-    from_us: u64,
-    to_us: u64,
-}
-
-async fn kill_round(
-    cluster: &mut LocalCluster,
-    load: &Load,
-    round: usize,
-    downs: &mut Vec<Down>,
-) -> Result<Round, CliError> {
-    let round_start_us = load.recorder.now_us();
-    let moved_before = load.moved.load(std::sync::atomic::Ordering::Relaxed);
-    // A drill, not a test: the kill shall meet a cluster that has been busy for a while.
-    sleep(STEADY).await;
-    let (leader, before) = find_leader(load, None).await?;
-    let killed_us = load.recorder.now_us();
-    cluster.kill(leader).await?;
-    load.set_up(leader, false);
-    // Acknowledgements that were under way at the kill come first; a hundred later ones are the new leader's.
-    let acknowledged = load.recorder.acknowledged();
-    wait_until("no write was acknowledged after the kill", || load.recorder.acknowledged() >= acknowledged + 100)
-        .await?;
-    let (new_leader, after) = find_leader(load, Some(before.term)).await?;
-    sleep(STEADY).await;
-    let restarted = Instant::now();
-    let restarted_us = load.recorder.now_us();
-    cluster.start(leader)?;
-    cluster.wait_ready(READY_TIMEOUT).await?;
-    let rejoin_ms = u64::try_from(restarted.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let readable_nodes = check_readable(load).await?;
-    load.set_up(leader, true);
-    let end_us = load.recorder.now_us();
-    let down = Down { node: u16::try_from(leader).unwrap_or(u16::MAX), from_us: killed_us, to_us: end_us };
-    let history = load.recorder.history_since(round_start_us);
-    let acknowledged_us = history.acknowledged_us();
-    let errors = survivor_errors(&history, std::slice::from_ref(&down)).0;
-    downs.push(down);
-    let name = |node: usize| {
-        let plan = cluster.plan().get(node);
-        plan.map_or_else(|| format!("node {node}"), |plan| plan.name.clone())
-    };
-    Ok(Round {
-        round,
-        killed: name(leader),
-        new_leader: name(new_leader),
-        term: after.term,
-        gap_us: longest_gap_touching(&acknowledged_us, killed_us, restarted_us).length_us(),
-        rejoin_gap_us: longest_gap_touching(&acknowledged_us, restarted_us, end_us).length_us(),
-        survivor_errors: errors,
-        retried: load.moved.load(std::sync::atomic::Ordering::Relaxed) - moved_before,
-        acknowledged: acknowledged_us.len() as u64,
-        rejoin_ms,
-        readable_nodes,
-    })
-}
-
-/// The node that says it leads, in a term above `above_term`, and that a second look confirms.
-async fn find_leader(load: &Load, above_term: Option<u64>) -> Result<(usize, NodeHealth), CliError> {
-    let deadline = Instant::now() + SERVE_TIMEOUT;
-    loop {
-        let mut best: Option<(usize, NodeHealth)> = None;
-        for (node, endpoint) in load.endpoints.iter().enumerate() {
-            let mut client = Client::new(endpoint.clone());
-            let Ok(health) = status::health(&mut client, Duration::from_secs(1)).await else {
-                continue;
-            };
-            let new_enough = above_term.is_none_or(|term| health.term > term);
-            let better = best.as_ref().is_none_or(|(_, known)| health.term > known.term);
-            if health.role == "leader" && new_enough && better {
-                best = Some((node, health));
+    let (report, passed) = match disks {
+        None => {
+            let mut rounds = Vec::new();
+            for round in 1..=args.rounds {
+                let done = drill_kill::kill_round(cluster, &load, round, &mut downs).await?;
+                output::notice(&progress_line(&done, args.rounds));
+                rounds.push(done);
             }
+            let offered = clients.stop(&load).await?;
+            let report = judge_run(args, "kill", &load, rounds, &downs, (measured_per_s, offered)).await?;
+            (rendered(args, &report, text)?, report.passed)
         }
-        if let Some(found) = best {
-            return Ok(found);
-        }
-        if Instant::now() >= deadline {
-            let seconds = SERVE_TIMEOUT.as_secs();
-            return Err(CliError::Found(format!("no leader within {seconds} s")));
-        }
-        sleep(POLL).await;
-    }
-}
-
-async fn wait_until(failure: &str, mut condition: impl FnMut() -> bool) -> Result<(), CliError> {
-    let deadline = Instant::now() + SERVE_TIMEOUT;
-    while !condition() {
-        if Instant::now() >= deadline {
-            let seconds = SERVE_TIMEOUT.as_secs();
-            return Err(CliError::Found(format!("{failure} within {seconds} s")));
-        }
-        sleep(POLL).await;
-    }
-    Ok(())
-}
-
-/// Every node must answer a linearizable read.
-async fn check_readable(load: &Load) -> Result<usize, CliError> {
-    for endpoint in &load.endpoints {
-        let mut client = Client::new(endpoint.clone());
-        let path = format!("/v1/query?concept_path=drill/{}/key-0", load.run);
-        let answer = client.call(&Call::get(path), CALL_TIMEOUT).await;
-        let why = match answer {
-            Ok(answer) if answer.is_success() => continue,
-            Ok(answer) => answer.describe(),
-            Err(error) => error.to_string(),
-        };
-        return Err(CliError::Found(format!(
-            "{} does not answer a linearizable read after the restart: {why}",
-            endpoint.authority()
-        )));
-    }
-    Ok(load.endpoints.len())
-}
-
-/// Attempts on nodes that were alive and did not end in success, and the first of them in words.
-fn survivor_errors(history: &History, downs: &[Down]) -> (u64, Vec<String>) {
-    // An attempt on a node that was down at some time of the attempt belongs to the dead node's clients.
-    let excused = |node: u16, start_us: u64, end_us: u64| {
-        let overlaps = |down: &&Down| down.node == node && start_us <= down.to_us && end_us >= down.from_us;
-        downs.iter().find(overlaps).is_some()
-    };
-    let mut count = 0;
-    let mut samples = Vec::new();
-    let mut add = |what: String| {
-        count += 1;
-        if samples.len() < ERROR_SAMPLES_MAX {
-            samples.push(what);
+        Some(disks) => {
+            let mut rounds = Vec::new();
+            for round in 1..=args.rounds {
+                let how = drill_disk::How { kind: args.kind, wait_for_rebuild: !args.no_rebuild_wait };
+                let done = drill_disk::round(cluster, disks, &load, how, round, &mut downs).await?;
+                output::notice(&drill_disk_report::progress_line(&done, args.rounds));
+                rounds.push(done);
+            }
+            let offered = clients.stop(&load).await?;
+            let kind = if args.kind == DrillKind::Stall { "stall" } else { "fsync" };
+            let report = judge_run(args, kind, &load, rounds, &downs, (measured_per_s, offered)).await?;
+            (rendered(args, &report, drill_disk_report::text)?, report.passed)
         }
     };
-    for write in &history.writes {
-        let is_error = !matches!(write.outcome, WriteOutcome::Acknowledged { .. });
-        if is_error && !excused(write.node, write.start_us, write.end_us) {
-            add(format!("write on a living node: {write:?}"));
-        }
-    }
-    for read in &history.reads {
-        let is_error = matches!(read.outcome, ReadOutcome::Failed { .. });
-        if is_error && !excused(read.node, read.start_us, read.end_us) {
-            add(format!("read on a living node: {read:?}"));
-        }
-    }
-    (count, samples)
+    Ok((report, passed))
 }
 
-async fn judge_run(args: &DrillArgs, load: &Load, rounds: Vec<Round>, downs: &[Down]) -> Result<DrillReport, CliError> {
+fn rendered<R: Serialize>(
+    args: &DrillArgs,
+    report: &DrillReport<R>,
+    text: impl Fn(&DrillReport<R>) -> String,
+) -> Result<String, CliError> {
+    if !args.json {
+        return Ok(text(report));
+    }
+    serde_json::to_string(report).map_err(|error| CliError::Local(format!("cannot write the report: {error}")))
+}
+
+/// Whoever makes the load.
+enum Clients {
+    Closed(JoinSet<Result<(), String>>),
+    Open(tokio::task::JoinHandle<Result<Offered, String>>),
+}
+
+impl Clients {
+    /// `rate`: operations per second, whatever they take; `None`: one at a time for each client.
+    fn start(args: &DrillArgs, load: &Arc<Load>, rate: Option<f64>) -> Self {
+        if let Some(rate) = rate {
+            return Self::Open(tokio::spawn(drill_open::offer(Arc::clone(load), rate)));
+        }
+        let mut clients = JoinSet::new();
+        for number in 0..args.clients {
+            clients.spawn(drill_load::client(Arc::clone(load), number));
+        }
+        Self::Closed(clients)
+    }
+
+    async fn stop(self, load: &Load) -> Result<Option<Offered>, CliError> {
+        load.stop();
+        let died = |error| CliError::Local(format!("a client failed: {error}"));
+        match self {
+            Self::Closed(mut clients) => {
+                while let Some(client) = clients.join_next().await {
+                    client.map_err(died)?.map_err(CliError::Local)?;
+                }
+                Ok(None)
+            }
+            Self::Open(offering) => Ok(Some(offering.await.map_err(died)?.map_err(CliError::Local)?)),
+        }
+    }
+}
+
+/// Operations per second that the clients get done, one at a time each, on the cluster as it is now.
+async fn measure(args: &DrillArgs, load: Arc<Load>) -> Result<f64, CliError> {
+    let clients = Clients::start(args, &load, None);
+    sleep(STEADY).await;
+    let (from_us, before) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
+    sleep(MEASURED).await;
+    let (to_us, after) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
+    clients.stop(&load).await?;
+    let per_s = (after - before) as f64 * 1e6 / to_us.saturating_sub(from_us).max(1) as f64;
+    output::notice(&format!("the most that {} clients got done: {per_s:.0} operations/s", args.clients));
+    Ok(per_s)
+}
+
+async fn judge_run<R: RoundReport>(
+    args: &DrillArgs,
+    kind: &'static str,
+    load: &Load,
+    rounds: Vec<R>,
+    downs: &[Down],
+    (measured_per_s, offered): (Option<f64>, Option<Offered>),
+) -> Result<DrillReport<R>, CliError> {
     let under_load = load.recorder.history();
     let (errors, error_samples) = survivor_errors(&under_load, downs);
     let gaps = summarize_gaps(&under_load.acknowledged_us());
@@ -329,10 +298,13 @@ async fn judge_run(args: &DrillArgs, load: &Load, rounds: Vec<Round>, downs: &[D
     let verdict = tokio::task::spawn_blocking(move || judge::check(&history, &listings))
         .await
         .map_err(|error| CliError::Local(format!("the judge failed: {error}")))?;
-    let (gap_median_ms, gap_worst_ms) = median_and_worst_ms(&rounds);
+    let (gap_median_ms, gap_worst_ms) = super::drill_report::median_and_worst_ms(&rounds);
+    let rounds_clean = rounds.iter().all(|round| round.problem().is_none());
     Ok(DrillReport {
-        kind: "kill",
-        passed: verdict.is_clean() && errors == 0 && not_replayed == 0,
+        kind,
+        passed: verdict.is_clean() && errors == 0 && not_replayed == 0 && rounds_clean,
+        measured_per_s,
+        offered,
         clients: usize::try_from(args.clients).unwrap_or(usize::MAX),
         nodes: load.endpoints.len(),
         rounds,

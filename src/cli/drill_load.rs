@@ -4,8 +4,8 @@
 //! connection breaks is repeated with the same key on the next node that is up, until some node
 //! answers, and only then does the client begin another one. Everything is recorded for the judge.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -48,7 +48,22 @@ pub struct Load {
     pub value_bytes: usize,
     /// Writes that were acknowledged on another node than the one they were begun on.
     pub moved: AtomicU64,
+    /// Operations that ended, in whatever way.
+    pub operations: AtomicU64,
+    /// Which node committed each acknowledged write, by its own word.
+    served: Mutex<Vec<Served>>,
     stop: AtomicBool,
+}
+
+/// An acknowledged write and who committed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// The leader that committed it, from 0.
+    pub by: usize,
+    /// When the request was sent, microseconds of the recorder's clock.
+    pub start_us: u64,
+    /// When the answer was there.
+    pub end_us: u64,
 }
 
 #[derive(Deserialize)]
@@ -83,6 +98,8 @@ impl Load {
             run: format!("{seed:016x}"),
             value_bytes,
             moved: AtomicU64::new(0),
+            operations: AtomicU64::new(0),
+            served: Mutex::new(Vec::new()),
             stop: AtomicBool::new(false),
         })
     }
@@ -92,6 +109,17 @@ impl Load {
         if let Some(flag) = self.up.get(node) {
             flag.store(up, Ordering::Release);
         }
+    }
+
+    /// Whether clients shall end.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Acknowledged writes that ended at `since_us` or later and that `node` committed, by the answers' headers.
+    pub fn served_by(&self, node: usize, since_us: u64) -> Vec<Served> {
+        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        served.iter().filter(|each| each.by == node && each.end_us >= since_us).copied().collect()
     }
 
     /// Clients finish the write they are in and end.
@@ -144,24 +172,48 @@ impl Connections {
     }
 }
 
+/// A client: its connections, its record, and where it is at home.
+pub struct OneClient {
+    lane: Lane,
+    connections: Connections,
+    rng: StdRng,
+    home: usize,
+}
+
 /// Runs one client until `Load::stop`.
 pub async fn client(load: Arc<Load>, number: u32) -> Result<(), String> {
-    let lane = load.recorder.lane(number);
-    let mut connections = Connections::new(&load.endpoints);
-    let mut rng = StdRng::seed_from_u64(load.seed.wrapping_add(u64::from(number)));
-    let home = usize::try_from(number).unwrap_or(0) % load.endpoints.len().max(1);
-    while !load.stop.load(Ordering::Acquire) {
-        // Home again as soon as the drill says that the node is back.
-        let node = if load.is_up(home) { home } else { load.next_up(home) };
-        if rng.random_ratio(1, READ_ONE_IN) {
-            let back = rng.random_range(0..READ_BACK);
-            read(&load, &lane, &mut connections, node, back).await;
-        } else {
-            let value = load.recorder.next_value();
-            write(&load, &lane, &mut connections, node, value).await?;
-        }
+    let mut client = OneClient::new(&load, number);
+    while !load.is_stopped() {
+        client.operation(&load).await?;
     }
     Ok(())
+}
+
+impl OneClient {
+    /// Client `number`, whose node is the one that its number falls on.
+    pub fn new(load: &Load, number: u32) -> Self {
+        Self {
+            lane: load.recorder.lane(number),
+            connections: Connections::new(&load.endpoints),
+            rng: StdRng::seed_from_u64(load.seed.wrapping_add(u64::from(number))),
+            home: usize::try_from(number).unwrap_or(0) % load.endpoints.len().max(1),
+        }
+    }
+
+    /// One write or read, to its end.
+    pub async fn operation(&mut self, load: &Load) -> Result<(), String> {
+        // Home again as soon as the drill says that the node is back.
+        let node = if load.is_up(self.home) { self.home } else { load.next_up(self.home) };
+        if self.rng.random_ratio(1, READ_ONE_IN) {
+            let back = self.rng.random_range(0..READ_BACK);
+            read(load, &self.lane, &mut self.connections, node, back).await;
+        } else {
+            let value = load.recorder.next_value();
+            write(load, &self.lane, &mut self.connections, node, value).await?;
+        }
+        load.operations.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// Sends `value` until some node acknowledges it or patience ends.
@@ -176,7 +228,7 @@ async fn write(
     let deadline = Instant::now() + WRITE_PATIENCE;
     let mut node = first_node;
     loop {
-        match attempt(lane, connections, node, &call, value).await {
+        match attempt(load, lane, connections, node, &call, value).await {
             WriteOutcome::Acknowledged { .. } => {
                 if node != first_node {
                     load.moved.fetch_add(1, Ordering::Relaxed);
@@ -199,15 +251,37 @@ async fn write(
     }
 }
 
-async fn attempt(lane: &Lane, connections: &mut Connections, node: usize, call: &Call, value: u64) -> WriteOutcome {
+async fn attempt(
+    load: &Load,
+    lane: &Lane,
+    connections: &mut Connections,
+    node: usize,
+    call: &Call,
+    value: u64,
+) -> WriteOutcome {
+    let start_us = load.recorder.now_us();
     let pending = lane.begin_write(node_number(node), value / WRITES_PER_KEY, value);
     let outcome = match connections.call(node, call).await {
         Err(HttpError::NotSent(_)) => WriteOutcome::Refused { status: 0 },
         Err(HttpError::Unknown(_)) => WriteOutcome::Unknown { status: 0 },
-        Ok(answer) => write_outcome(&answer),
+        Ok(answer) => {
+            let outcome = write_outcome(&answer);
+            if matches!(outcome, WriteOutcome::Acknowledged { replayed: false, .. })
+                && let Some(by) = answer.header("x-stemedb-served-by").and_then(place_of)
+            {
+                let served = Served { by, start_us, end_us: load.recorder.now_us() };
+                load.served.lock().unwrap_or_else(PoisonError::into_inner).push(served);
+            }
+            outcome
+        }
     };
     pending.finish(outcome);
     outcome
+}
+
+/// `node-2` is at place 1.
+fn place_of(name: &str) -> Option<usize> {
+    name.strip_prefix("node-")?.parse::<usize>().ok()?.checked_sub(1)
 }
 
 fn write_outcome(answer: &Answer) -> WriteOutcome {
@@ -265,7 +339,7 @@ pub async fn repeat_writes(load: &Load, values: &[(u64, u16)]) -> Result<u64, St
     for (value, node) in values {
         let node = load.next_up(usize::from(*node));
         let call = load.write_call(*value)?;
-        let outcome = attempt(&lane, &mut connections, node, &call, *value).await;
+        let outcome = attempt(load, &lane, &mut connections, node, &call, *value).await;
         if !matches!(outcome, WriteOutcome::Acknowledged { replayed: true, .. }) {
             not_replayed += 1;
         }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::drill_open::Offered;
 use super::output;
 use crate::judge::{GapSummary, Verdict};
 
@@ -32,19 +33,42 @@ pub struct Round {
     pub readable_nodes: usize,
 }
 
+/// What every kind of round has.
+pub trait RoundReport: Serialize {
+    /// Longest time without an acknowledged write around the fault, microseconds.
+    fn gap_us(&self) -> u64;
+
+    /// What must not happen in a round and did, beside what the judge finds.
+    fn problem(&self) -> Option<String>;
+}
+
+impl RoundReport for Round {
+    fn gap_us(&self) -> u64 {
+        self.gap_us
+    }
+
+    fn problem(&self) -> Option<String> {
+        None
+    }
+}
+
 /// The whole drill.
 #[derive(Debug, Serialize)]
-pub struct DrillReport {
-    /// `kill`.
+pub struct DrillReport<R> {
+    /// `kill`, `fsync` or `stall`.
     pub kind: &'static str,
     /// True when nothing was found.
     pub passed: bool,
+    /// Operations per second before the first round, one at a time for each client; only with an offered rate.
+    pub measured_per_s: Option<f64>,
+    /// What was offered, of an open load; else each client had one request at a time.
+    pub offered: Option<Offered>,
     /// Clients.
     pub clients: usize,
     /// Nodes.
     pub nodes: usize,
-    /// One per kill.
-    pub rounds: Vec<Round>,
+    /// One per fault.
+    pub rounds: Vec<R>,
     /// Median of the rounds' gaps, milliseconds.
     pub gap_median_ms: f64,
     /// Longest of the rounds' gaps, milliseconds.
@@ -64,8 +88,8 @@ pub struct DrillReport {
 }
 
 /// Median (of an even number: the mean of the two in the middle) and maximum, milliseconds.
-pub fn median_and_worst_ms(rounds: &[Round]) -> (f64, f64) {
-    let mut gaps: Vec<u64> = rounds.iter().map(|round| round.gap_us).collect();
+pub fn median_and_worst_ms<R: RoundReport>(rounds: &[R]) -> (f64, f64) {
+    let mut gaps: Vec<u64> = rounds.iter().map(RoundReport::gap_us).collect();
     gaps.sort_unstable();
     let ms = |us: u64| us as f64 / 1000.0;
     let at = |place: usize| ms(gaps.get(place).copied().unwrap_or(0));
@@ -89,7 +113,7 @@ pub fn progress_line(round: &Round, rounds: usize) -> String {
 }
 
 /// The report for people.
-pub fn text(report: &DrillReport) -> String {
+pub fn text(report: &DrillReport<Round>) -> String {
     let mut table = output::table([
         "ROUND",
         "KILLED",
@@ -116,8 +140,13 @@ pub fn text(report: &DrillReport) -> String {
             output::ms(round.rejoin_gap_us),
         ]);
     }
+    format!("{table}\n{}", summary(report))
+}
+
+/// What stands below the table of rounds.
+pub fn summary<R: RoundReport>(report: &DrillReport<R>) -> String {
     let mut out = format!(
-        "{table}\ngap around a kill: median {:.1} ms, worst {:.1} ms; errors on survivors: {}; \
+        "gap around a fault: median {:.1} ms, worst {:.1} ms; errors on survivors: {}; \
          {} writes sent once more at the end, {} of them without their first outcome\n{}",
         report.gap_median_ms,
         report.gap_worst_ms,
@@ -126,9 +155,16 @@ pub fn text(report: &DrillReport) -> String {
         report.not_replayed,
         report.verdict,
     );
-    for sample in &report.error_samples {
+    if let (Some(most), Some(offered)) = (report.measured_per_s, &report.offered) {
+        out.push_str(&format!(
+            "\noffered {:.0} operations/s whatever the answers took ({:.0}/s measured before); {} of {} were too many at once",
+            offered.per_s, most, offered.not_sent, offered.sent + offered.not_sent,
+        ));
+    }
+    let problems = report.rounds.iter().filter_map(RoundReport::problem);
+    for line in report.error_samples.iter().cloned().chain(problems) {
         out.push_str("\n  ");
-        out.push_str(sample);
+        out.push_str(&line);
     }
     out.push_str(if report.passed { "\nPASSED" } else { "\nFAILED" });
     out
@@ -158,6 +194,6 @@ mod tests {
         };
         assert_eq!(median_and_worst_ms(&rounds(&[4000, 1000, 2000])), (2.0, 4.0));
         assert_eq!(median_and_worst_ms(&rounds(&[4000, 1000, 2000, 3000])), (2.5, 4.0));
-        assert_eq!(median_and_worst_ms(&[]), (0.0, 0.0));
+        assert_eq!(median_and_worst_ms::<Round>(&[]), (0.0, 0.0));
     }
 }

@@ -370,7 +370,8 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
-    const SECOND: Duration = Duration::from_secs(5);
+    /// Far above what any call here takes.
+    const HANG: Duration = Duration::from_secs(60);
 
     #[test]
     fn endpoints_are_read_in_their_usual_forms() {
@@ -393,11 +394,12 @@ mod tests {
 
     #[tokio::test]
     async fn refused_connection_is_not_sent() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        drop(listener);
+        // Bound, so that nobody else gets the port, and never listening.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = socket.local_addr().unwrap().to_string();
         let mut client = Client::new(Endpoint::parse(&address).unwrap());
-        let error = client.call(&Call::get("/"), SECOND).await.unwrap_err();
+        let error = client.call(&Call::get("/"), HANG).await.unwrap_err();
         assert!(matches!(error, HttpError::NotSent(_)), "{error}");
     }
 
@@ -413,7 +415,7 @@ mod tests {
             listener
         });
         let mut client = Client::new(Endpoint::parse(&address).unwrap());
-        let error = client.call(&Call::post("/", "{}"), SECOND).await.unwrap_err();
+        let error = client.call(&Call::post("/", "{}"), HANG).await.unwrap_err();
         assert!(matches!(error, HttpError::Unknown(_)), "{error}");
         let listener = server.await.unwrap();
         // Nobody connected a second time.
@@ -436,7 +438,7 @@ mod tests {
         });
         let mut client = Client::new(Endpoint::parse(&address).unwrap());
         for _ in 0..20 {
-            let answer = client.call(&Call::get("/"), SECOND).await.unwrap();
+            let answer = client.call(&Call::get("/"), HANG).await.unwrap();
             assert_eq!(&answer.body[..], b"ok");
             // Wait for the close to arrive, so that the next call meets a closed connection.
             while !client.open.as_ref().is_none_or(|open| open.sender.is_closed()) {

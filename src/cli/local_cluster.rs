@@ -11,6 +11,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -68,6 +69,8 @@ pub struct NodePlan {
     pub http_port: u16,
     /// Port of the peer listener on 127.0.0.1.
     pub peer_port: u16,
+    /// What the process prints goes there: `DIR/node-i/log`, unless the caller changes it.
+    pub log: PathBuf,
 }
 
 impl NodePlan {
@@ -91,9 +94,9 @@ impl NodePlan {
         self.dir.join("api.toml")
     }
 
-    /// `DIR/node-i/log`.
+    /// Where the process prints to.
     pub fn log_file(&self) -> PathBuf {
-        self.dir.join("log")
+        self.log.clone()
     }
 }
 
@@ -115,7 +118,8 @@ pub fn plan(dir: &Path, nodes: usize, port: u16) -> Result<Vec<NodePlan>, CliErr
                 )));
             };
             let name = format!("node-{number}");
-            Ok(NodePlan { dir: dir.join(&name), name, http_port, peer_port })
+            let dir = dir.join(&name);
+            Ok(NodePlan { log: dir.join("log"), dir, name, http_port, peer_port })
         })
         .collect()
 }
@@ -243,6 +247,12 @@ impl LocalCluster {
             }
         }
         Ok(())
+    }
+
+    /// Sends a signal to a running node and waits for nothing.
+    pub fn signal(&self, node: usize, sent: Signal) -> Result<(), CliError> {
+        let pid = self.pid(node).ok_or_else(|| CliError::Local(format!("node {node} is not running")))?;
+        signal(pid, sent)
     }
 
     /// kill -9, and waits until the process is gone.
@@ -416,14 +426,28 @@ pub fn log_tail(file: &Path) -> std::io::Result<String> {
     Ok(shown.join("\n"))
 }
 
-/// Finds a first port such that all ports of `nodes` nodes are free right now, starting at a random place.
-/// Below 32,768, where Linux begins to take ports for outgoing connections.
+/// Finds a first port such that all ports of `nodes` nodes are free, starting at a random place, and keeps them for this
+/// process: no other call, here or in another process, returns them before this process ends. Other programs may still
+/// take them. Below 32,768, where Linux begins to take ports for outgoing connections.
 pub fn free_port(nodes: usize) -> Result<u16, CliError> {
-    const TRIES: usize = 200;
-    for _ in 0..TRIES {
-        let port = rand::random_range(20_000..32_000_u16);
-        let candidate = plan(Path::new(""), nodes, port)?;
-        if check_ports(&candidate).is_ok() {
+    /// Bound while the ports below it are taken; a port that a cluster of `NODES_MAX` leaves unused.
+    static KEPT: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
+    /// HTTP ports of one cluster, and the one that is kept.
+    const BLOCK: u16 = NODES_MAX as u16 + 1;
+    /// First port of the block with this number: the peers of a block lie `PEER_PORT_OFFSET` above it, and the next
+    /// `PEER_PORT_OFFSET` ports are HTTP again.
+    const fn first_port(block: u16) -> u16 {
+        const BLOCKS_SIDE_BY_SIDE: u16 = PEER_PORT_OFFSET / BLOCK;
+        20_000 + block / BLOCKS_SIDE_BY_SIDE * (2 * PEER_PORT_OFFSET) + block % BLOCKS_SIDE_BY_SIDE * BLOCK
+    }
+    const BLOCKS: u16 = 600;
+    const { assert!(first_port(BLOCKS - 1) + PEER_PORT_OFFSET + BLOCK <= 32_000) };
+    let start = rand::random_range(0..BLOCKS);
+    for block in (0..BLOCKS).map(|n| (start + n) % BLOCKS) {
+        let port = first_port(block);
+        let Ok(kept) = TcpListener::bind(("127.0.0.1", port + BLOCK - 1)) else { continue };
+        if check_ports(&plan(Path::new(""), nodes, port)?).is_ok() {
+            KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(kept);
             return Ok(port);
         }
     }

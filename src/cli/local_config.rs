@@ -13,6 +13,12 @@ use toml::{Table, Value};
 use super::CliError;
 use super::local_cluster::NodePlan;
 
+/// Free space at which a node of a local cluster calls its disk full, MiB.
+const LOW_WATER_MB: u64 = 200;
+
+/// Room that each keeps for a full disk, MiB.
+const BALLAST_MB: u64 = 16;
+
 /// Writes `api.toml` if there is none; else checks that the existing one fits.
 pub fn write_or_compare(node: &NodePlan, plan: &[NodePlan]) -> Result<(), CliError> {
     let file = node.config_file();
@@ -48,7 +54,9 @@ pub fn render(node: &NodePlan, plan: &[NodePlan]) -> Result<String, CliError> {
     let mut text = format!(
         "# Written by `stemedb dev`. Everything may be changed and added to, except name, data_dir,\n\
          # listen, peers and bootstrap_expect: with others this would be another cluster.\n\
-         [node]\nname = {}\ndata_dir = {}\n\n[http]\nlisten = {}\n\n[cluster]\nbootstrap_expect = {}\n",
+         [node]\nname = {}\ndata_dir = {}\n\n[http]\nlisten = {}\n\n[cluster]\nbootstrap_expect = {}\n\n\
+         # A cluster for trying things leaves the disk to others.\n\
+         [storage]\nlow_water_mb = {LOW_WATER_MB}\nballast_mb = {BALLAST_MB}\n",
         quoted(&node.name),
         quoted(data_dir),
         quoted(&node.http_addr()),

@@ -21,8 +21,14 @@
 pub mod bench;
 pub mod dev;
 pub mod drill;
+mod drill_disk;
+mod drill_disk_report;
+mod drill_kill;
 pub mod drill_load;
+mod drill_open;
 mod drill_report;
+mod drill_watch;
+pub mod faulty_disk;
 pub mod http_client;
 pub mod import;
 pub mod import_check;
@@ -34,6 +40,7 @@ pub mod output;
 pub mod serve;
 pub mod status;
 mod stdin_watch;
+pub mod wal;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -129,6 +136,9 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Break a throw-away cluster under load and check that nothing was lost
     Drill(drill::DrillArgs),
+    /// Verify, dump or cut single segments of a log, without a server
+    #[command(subcommand)]
+    Wal(wal::WalCommand),
 }
 
 /// Arguments of `serve`.
@@ -140,6 +150,15 @@ pub struct ServeArgs {
     /// Set one key over file and environment, such as http.listen=127.0.0.1:9000; may be repeated
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Do not serve: make the tree anew from the newest local checkpoint and the log, and end
+    #[arg(long)]
+    pub rebuild_from_wal: bool,
+    /// Folder of the log, for --rebuild-from-wal; default: that of the configuration
+    #[arg(long, value_name = "DIR", requires = "rebuild_from_wal")]
+    pub wal_path: Option<std::path::PathBuf>,
+    /// Folder of the tree, for --rebuild-from-wal; default: that of the configuration
+    #[arg(long, value_name = "DIR", requires = "rebuild_from_wal")]
+    pub kv_path: Option<std::path::PathBuf>,
     /// Stop cleanly when standard input ends; for parents that must not leave servers behind
     #[arg(long, hide = true)]
     pub stop_on_stdin_eof: bool,
@@ -201,6 +220,8 @@ fn run(command: Command) -> ExitCode {
             Command::ImportCheck(args) => import_check::run(&args).await,
             Command::Bench(args) => bench::run(&args).await,
             Command::Drill(args) => drill::run(&args).await,
+            // With exit codes of its own, as the runbooks have them.
+            Command::Wal(command) => return Ok(wal::run(command)),
         }
         .map(|()| ExitCode::SUCCESS)
     });
@@ -218,6 +239,15 @@ fn report(error: &CliError) -> ExitCode {
 
 async fn serve_node(args: &ServeArgs) -> Result<ExitCode, CliError> {
     let config = serve_config(args)?;
+    if args.rebuild_from_wal {
+        let _logging = logging::init(&config).map_err(|error| CliError::Local(format!("the log: {error}")))?;
+        let request = serve::rebuild::RebuildRequest {
+            wal_dir: args.wal_path.clone().unwrap_or_else(|| config.wal_dir()),
+            kv_dir: args.kv_path.clone().unwrap_or_else(|| config.kv_dir()),
+            lock_timeout_ms: config.storage.lock_timeout_ms,
+        };
+        return Ok(serve::rebuild::run(&request).await);
+    }
     if args.stop_on_stdin_eof {
         stdin_watch::stop_when_stdin_ends()?;
     }

@@ -4,7 +4,15 @@
 //! it on a clean stop. SIGTERM and SIGINT stop it cleanly: leadership is handed over, the HTTP side
 //! finishes what it has begun, then the node stops. A second signal ends the process at once.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+pub mod rebuild;
+
+use std::{
+    net::SocketAddr,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use tokio::{
     net::TcpListener,
@@ -16,7 +24,7 @@ use crate::{
     api,
     config::Config,
     metrics::Metrics,
-    node::{Ground, Node, StartError},
+    node::{Ground, Node, StartError, is_full},
 };
 
 /// A port or the data folder keeps the node from starting.
@@ -164,13 +172,30 @@ struct PidFile {
 impl PidFile {
     async fn write(config: &Config) -> Result<PidFile, String> {
         let path = config.node.data_dir.join("pid");
-        let text = format!("{}\n", std::process::id());
-        tokio::fs::write(&path, text).await.map_err(|e| format!("write {}: {e}", path.display()))?;
+        match Self::put(&path) {
+            Ok(()) => {}
+            // A node without any room serves all the same; whoever looks for its id asks the system.
+            Err(e) if is_full(&e) => tracing::warn!("no space for {}: {e}", path.display()),
+            Err(e) => return Err(format!("write {}: {e}", path.display())),
+        }
         Ok(PidFile { path })
     }
 
+    /// Over what an earlier process left, so that its block is used again.
+    fn put(path: &Path) -> std::io::Result<()> {
+        let text = format!("{}\n", std::process::id());
+        let file = std::fs::File::options().create(true).truncate(false).write(true).open(path)?;
+        file.write_all_at(text.as_bytes(), 0).inspect_err(|_| {
+            // A file without the id of this process is none; it may name another one.
+            let _gone = std::fs::remove_file(path);
+        })?;
+        file.set_len(text.len() as u64)
+    }
+
     async fn remove(self) {
-        if let Err(error) = tokio::fs::remove_file(&self.path).await {
+        if let Err(error) = tokio::fs::remove_file(&self.path).await
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
             tracing::warn!(%error, path = %self.path.display(), "the pid file could not be removed");
         }
     }

@@ -71,6 +71,7 @@ struct MemberBody {
     name: String,
     role: String,
     voter: bool,
+    disk: Option<Disk>,
     lag_entries: Option<u64>,
     lag_bytes: Option<u64>,
     #[serde(alias = "http")]
@@ -101,6 +102,13 @@ struct StatusReport {
 /// `/v1/health` of one node. A failed node answers it too, with its state.
 pub async fn health(client: &mut Client, timeout: Duration) -> Result<NodeHealth, String> {
     client.get_json("/v1/health", timeout).await
+}
+
+/// How many members vote and say that their disk is well, in the view of one node.
+pub async fn healthy_voters(client: &mut Client, timeout: Duration) -> Result<usize, String> {
+    let cluster: ClusterBody = client.get_json("/v1/admin/cluster", timeout).await?;
+    let is_well = |member: &&MemberBody| member.voter && member.disk.as_ref().is_some_and(|disk| disk.state == "ok");
+    Ok(cluster.members.iter().filter(is_well).count())
 }
 
 /// Prints the status. Exit code 1 when something is wrong, 3 when no node answers.

@@ -282,6 +282,27 @@ pub static KEYS: &[Key] = &[
         number(|c| &mut c.storage.cache_mb, 1, 1024 * 1024, "MiB"),
         "Cache of blocks read from the tree's files.",
     ),
+    key(
+        "storage",
+        "scrub_mb_per_s",
+        number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
+        "How fast everything on the disk is read again once a day and compared with its hash; 0 turns it off.",
+    ),
+    key(
+        "storage",
+        "low_water_mb",
+        number(|c| &mut c.storage.low_water_mb, 0, 1024 * 1024, "MiB"),
+        "Free space below which writes are refused with 507, until there is half as much again; 0 means 2 % of the \
+         disk and at most 1024, but no less than a segment, a memtable and 8 MiB. Never more than a quarter of the \
+         disk. Inodes have a mark of their own: 1 % of them, 16 to 1,000.",
+    ),
+    key(
+        "storage",
+        "ballast_mb",
+        number(|c| &mut c.storage.ballast_mb, 0, 1024 * 1024, "MiB"),
+        "Most space taken beforehand by the file ballast, which is let go when the disk is full; never more than 1 % \
+         of the disk, 0 for none.",
+    ),
     not_yet(
         key(
             "backup",

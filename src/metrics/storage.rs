@@ -5,17 +5,27 @@
 
 use std::time::Duration;
 
-use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
+use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::Metrics;
 use super::observers::EngineObserver;
 use super::register::Register;
 use super::summary::Summary;
 use super::wal::gauge;
-use crate::state::engine::EngineError;
+use crate::node::space::Space;
+use crate::state::engine::scrub::ScrubObserver;
+use crate::state::engine::{EngineError, TreeDamage};
 
 /// The operations the tree counts. Each has its series from the first scrape on.
 const OPERATIONS: [&str; 7] = ["put", "get", "scan", "flush", "compact", "checkpoint", "open"];
+
+/// The operations that meet damage.
+const DAMAGE_OPERATIONS: [&str; 7] = ["get", "scan", "compact", "checkpoint", "open", "apply", "scrub"];
+
+/// What is scrubbed.
+const SCRUB_KINDS: [&str; 3] = ["tree", "checkpoint", "wal"];
+/// The states of a disk, the good one first. Each has its series from the first scrape on.
+const DISK_STATES: [&str; 3] = ["ok", "full", "failed"];
 
 /// From a small flush-sized merge to a full compaction of a large tree, seconds.
 const COMPACTION_BUCKETS: [f64; 10] = [0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0];
@@ -37,6 +47,16 @@ pub(super) struct StorageMetrics {
     compaction_failures: IntCounter,
     compaction_written_bytes: IntCounter,
     assertions_indexed: IntCounter,
+    damage: IntCounterVec,
+    scrub_bytes: IntCounter,
+    scrub_damaged: IntCounterVec,
+    scrub_last_complete: IntGauge,
+    scrub_progress: Gauge,
+    disk_free_bytes: IntGauge,
+    disk_free_inodes: IntGauge,
+    disk_low_water_bytes: IntGauge,
+    disk_ballast_bytes: IntGauge,
+    disk_state: IntGaugeVec,
 }
 
 /// What the tree knows about itself at one moment.
@@ -104,10 +124,53 @@ impl StorageMetrics {
                 .counter("stemedb_compaction_written_bytes_total", "Bytes that compactions wrote since the start."),
             assertions_indexed: register
                 .counter("stemedb_assertions_indexed_total", "Assertions in the applied state of this node."),
+            damage: register.counters(
+                "stemedb_storage_damage_total",
+                "Times that data of the tree was not what was written, by the operation that met it.",
+                &["operation"],
+            ),
+            scrub_bytes: register.counter("stemedb_scrub_bytes_total", "Bytes that the scrubber read."),
+            scrub_damaged: register.counters(
+                "stemedb_scrub_damaged_total",
+                "Files that the scrubber found damaged, by what they are part of.",
+                &["kind"],
+            ),
+            scrub_last_complete: register.gauge(
+                "stemedb_scrub_last_complete_timestamp_seconds",
+                "When the scrubber last came through everything, Unix seconds; 0: never.",
+            ),
+            scrub_progress: register.ratio(
+                "stemedb_scrub_progress",
+                "Part of the scrubber's pass that is done, by bytes; 1 between passes.",
+            ),
+            disk_free_bytes: register
+                .gauge("stemedb_disk_free_bytes", "Bytes that may still be written on the disk of the data folder."),
+            disk_free_inodes: register.gauge(
+                "stemedb_disk_free_inodes",
+                "Files that may still be made there; -1 where the file system has no such number.",
+            ),
+            disk_low_water_bytes: register
+                .gauge("stemedb_disk_low_water_bytes", "Free bytes below which writes of clients are refused."),
+            disk_ballast_bytes: register
+                .gauge("stemedb_disk_ballast_bytes", "Bytes kept by the file ballast for a full disk."),
+            disk_state: register.gauges(
+                "stemedb_disk_state",
+                "1 for the state that the disk of the data folder is in, 0 for the others.",
+                &["state"],
+            ),
         };
+        for state in DISK_STATES {
+            metrics.disk_state.with_label_values(&[state]).set(i64::from(state == DISK_STATES[0]));
+        }
         for operation in OPERATIONS {
             metrics.operations.with_label_values(&[operation]).inc_by(0);
             metrics.operation_errors.with_label_values(&[operation]).inc_by(0);
+        }
+        for operation in DAMAGE_OPERATIONS {
+            metrics.damage.with_label_values(&[operation]).inc_by(0);
+        }
+        for kind in SCRUB_KINDS {
+            metrics.scrub_damaged.with_label_values(&[kind]).inc_by(0);
         }
         metrics.compaction_progress.set(1.0);
         metrics
@@ -115,6 +178,22 @@ impl StorageMetrics {
 }
 
 impl Metrics {
+    /// What there is on the disk of the data folder.
+    pub fn set_space(&self, space: &Space, ballast_bytes: u64, low_water_bytes: u64) {
+        let storage = &self.storage;
+        storage.disk_free_bytes.set(gauge(space.bytes_free));
+        storage.disk_free_inodes.set(if space.inodes_total == 0 { -1 } else { gauge(space.inodes_free) });
+        storage.disk_ballast_bytes.set(gauge(ballast_bytes));
+        storage.disk_low_water_bytes.set(gauge(low_water_bytes));
+    }
+
+    /// The state of the disk, by its word in `/v1/health`.
+    pub fn set_disk_state(&self, state: &str) {
+        for known in DISK_STATES {
+            self.storage.disk_state.with_label_values(&[known]).set(i64::from(known == state));
+        }
+    }
+
     /// What the tree knows about itself, put in before a scrape.
     pub fn set_tree(&self, tree: TreeFigures) {
         let storage = &self.storage;
@@ -170,6 +249,29 @@ impl EngineObserver for Metrics {
             self.storage.compaction_failures.inc();
         }
     }
+
+    fn damage_found(&self, damage: &TreeDamage) {
+        self.storage.damage.with_label_values(&[damage.operation]).inc();
+    }
+}
+
+impl ScrubObserver for Metrics {
+    fn bytes_read(&self, bytes: u64) {
+        self.storage.scrub_bytes.inc_by(bytes);
+    }
+
+    fn damaged(&self, kind: &'static str) {
+        self.storage.scrub_damaged.with_label_values(&[kind]).inc();
+    }
+
+    fn progress(&self, part: f64) {
+        self.storage.scrub_progress.set(part);
+    }
+
+    fn pass_done(&self, at_unix_ms: u64) {
+        self.storage.scrub_last_complete.set(gauge(at_unix_ms / 1000));
+        self.storage.scrub_progress.set(1.0);
+    }
 }
 
 /// Brings a counter up to a total that somebody else keeps.
@@ -185,7 +287,7 @@ mod tests {
     #[test]
     fn errors_have_their_denominator() {
         let metrics = Metrics::new();
-        let error = EngineError::Damaged { operation: "get", detail: "a test".into() };
+        let error = EngineError::Damaged { operation: "get", file: None, what: "a test".into() };
         metrics.operation_done("put", Duration::from_millis(2));
         metrics.operation_failed("put", &error);
         metrics.operation_failed("get", &error);
@@ -193,6 +295,24 @@ mod tests {
         assert_eq!(value(&metrics, "stemedb_storage_operation_errors_total{operation=\"put\"}"), 1.0);
         assert_eq!(value(&metrics, "stemedb_storage_operations_total{operation=\"get\"}"), 1.0);
         assert_eq!(value(&metrics, "stemedb_storage_put_duration_seconds_count"), 1.0);
+    }
+
+    #[test]
+    fn damage_and_the_scrubber_have_their_figures() {
+        let metrics = Metrics::new();
+        let damage = TreeDamage { file: None, what: "a test".into(), operation: "scan", tree: "kv/g1".into() };
+        metrics.damage_found(&damage);
+        metrics.bytes_read(4096);
+        ScrubObserver::damaged(&metrics, "checkpoint");
+        metrics.progress(0.25);
+        assert_eq!(value(&metrics, "stemedb_storage_damage_total{operation=\"scan\"}"), 1.0);
+        assert_eq!(value(&metrics, "stemedb_storage_damage_total{operation=\"get\"}"), 0.0);
+        assert_eq!(value(&metrics, "stemedb_scrub_bytes_total"), 4096.0);
+        assert_eq!(value(&metrics, "stemedb_scrub_damaged_total{kind=\"checkpoint\"}"), 1.0);
+        assert_eq!(value(&metrics, "stemedb_scrub_progress"), 0.25);
+        metrics.pass_done(1_763_727_890_123);
+        assert_eq!(value(&metrics, "stemedb_scrub_last_complete_timestamp_seconds"), 1_763_727_890.0);
+        assert_eq!(value(&metrics, "stemedb_scrub_progress"), 1.0);
     }
 
     #[test]

@@ -9,11 +9,11 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use openraft::{Raft, RaftMetrics, async_runtime::WatchReceiver};
 use stemedb_net::LocalIdentity;
 use stemedb_raft::{
-    WalHandle,
+    EntrySource, WalHandle,
     types::{StoredMembership, TypeConfig},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -22,7 +22,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
     freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
-    proposer::Surroundings, read_index::Rounds, submit_rules::Leader, vital::Vital,
+    proposer::Surroundings, read_index::Rounds, room::Admission, space_watch::SpaceWatch, submit_rules::Leader,
+    vital::Vital,
 };
 use crate::{
     clock,
@@ -149,6 +150,10 @@ pub struct Shared {
     pub identity: ArcSwap<Option<Identity>>,
     /// The log, once it is open.
     pub wal: OnceLock<WalHandle>,
+    /// Answers questions about entries while the log is not open yet.
+    pub entry_source: ArcSwapOption<EntrySource>,
+    /// What the log waits for while it is being repaired.
+    pub repairing: watch::Sender<Option<String>>,
     /// Whether the log had entries or a vote of an election when it was opened. Set before `wal`.
     pub log_was_used: AtomicBool,
     /// Boot counts of the others.
@@ -169,6 +174,10 @@ pub struct Shared {
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
     pub disk: watch::Sender<DiskHealth>,
+    /// How much room there is in the data folder.
+    pub space: SpaceWatch,
+    /// What this node, when it leads, takes from clients.
+    pub admission: watch::Sender<Arc<Admission>>,
     /// Whether the state has caught up with what was committed when the node started.
     pub caught_up: watch::Sender<bool>,
     /// Set when this node is about to stop: it takes no leadership any more.
@@ -216,7 +225,7 @@ impl Shared {
         if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {
             return Some(error.to_string());
         }
-        self.disk.borrow().reason.clone()
+        self.disk.borrow().silences().map(str::to_owned)
     }
 
     /// Why this node must not take leadership over, if so.
@@ -248,6 +257,10 @@ impl Surroundings for Shared {
 
     fn silenced(&self) -> Option<String> {
         Shared::silenced(self)
+    }
+
+    fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.admission.borrow())
     }
 
     fn entry_proposed(&self, commands: usize) {

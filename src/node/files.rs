@@ -1,16 +1,28 @@
 //! Small files that are replaced as a whole: identity, and the boot counts of the others.
 //!
-//! A new version is written beside the old one, synced, renamed over it, and the folder is synced.
-//! What a crash leaves under `*.tmp` never counts. The last line of such a file is a checksum over
-//! all before it, so that a file that was edited or damaged is refused instead of believed.
+//! Each has a partner `*.spare` of the same size on the disk. A new version is written into the partner and
+//! synced, then the two change names in one step, and the folder is synced: so a replacement needs neither a
+//! byte nor an inode more than there was, and a node starts on a disk without any. What stands in a partner
+//! never counts, and neither does its absence: it is made again with the next replacement. The last line of
+//! such a file is a checksum over all before it, so that a file that was edited or damaged is refused instead
+//! of believed.
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with},
+    io::Errno,
+};
 use xxhash_rust::xxh3::xxh3_64;
+
+/// Space taken for each file and each partner, bytes: more than any of them ever holds, and one block of most
+/// file systems.
+const RESERVED_BYTES: u64 = 4096;
 
 /// Prefix of the last line.
 const CHECKSUM: &str = "checksum ";
@@ -38,21 +50,62 @@ pub enum FileError {
     },
 }
 
-/// Replaces `path` by `lines` and a checksum line. Returns once it is durable.
+/// Replaces `path` by `lines` and a checksum line. Returns once it is durable. Needs no room on the disk unless
+/// this is the first time, or somebody removed the partner.
 pub fn replace(path: &Path, lines: &str) -> Result<(), FileError> {
     let io = |operation, path: &Path| {
         let path = path.to_owned();
         move |source| FileError::Io { operation, path, source }
     };
     let text = format!("{lines}{CHECKSUM}{:016x}\n", xxh3_64(lines.as_bytes()));
-    let beside = path.with_extension("tmp");
-    let mut file = File::create(&beside).map_err(io("create", &beside))?;
-    file.write_all(text.as_bytes()).map_err(io("write", &beside))?;
-    file.sync_all().map_err(io("sync", &beside))?;
+    let partner = path.with_extension("spare");
+    let file = open_reserved(&partner).map_err(io("create", &partner))?;
+    if let Err(failed) = write_whole(&file, text.as_bytes()) {
+        // Nothing is written or synced twice on a file that failed: the next replacement takes a new one.
+        if !is_full(&failed)
+            && let Err(error) = fs::remove_file(&partner)
+        {
+            tracing::warn!(%error, path = %partner.display(), "a file that could not be written stays");
+        }
+        return Err(io("write", &partner)(failed));
+    }
     drop(file);
-    fs::rename(&beside, path).map_err(io("rename to", path))?;
+    exchange(&partner, path).map_err(io("rename to", path))?;
     let folder = path.parent().unwrap_or(Path::new("."));
-    File::open(folder).and_then(|f| f.sync_all()).map_err(io("sync folder", folder))
+    File::open(folder).and_then(|f| f.sync_all()).map_err(io("sync folder", folder))?;
+    if let Err(error) = open_reserved(&partner) {
+        tracing::debug!(%error, path = %partner.display(), "no room for the partner of a small file");
+    }
+    Ok(())
+}
+
+/// Opens or makes a file and takes its space beforehand, where the file system can do that.
+fn open_reserved(path: &Path) -> io::Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).open(path)?;
+    // Without room for it the write says so, if it needs any.
+    let _ = fallocate(&file, FallocateFlags::KEEP_SIZE, 0, RESERVED_BYTES);
+    Ok(file)
+}
+
+fn write_whole(file: &File, bytes: &[u8]) -> io::Result<()> {
+    file.write_all_at(bytes, 0)?;
+    file.set_len(bytes.len() as u64)?;
+    file.sync_all()
+}
+
+/// Gives `partner` the name `path`, and what had it before the name of the partner.
+fn exchange(partner: &Path, path: &Path) -> io::Result<()> {
+    match renameat_with(CWD, partner, CWD, path, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(()),
+        // There is no such file yet, or the file system cannot exchange names: then the partner is used up.
+        Err(Errno::NOENT | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => fs::rename(partner, path),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// ENOSPC, or a quota.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// The lines of `path` without the checksum line; `None` when there is no such file.
@@ -100,12 +153,39 @@ mod tests {
     }
 
     #[test]
-    fn an_abandoned_tmp_file_means_nothing() {
+    fn what_stands_in_the_partner_means_nothing_and_neither_does_its_absence() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
-        fs::write(path.with_extension("tmp"), "half").unwrap();
+        fs::write(path.with_extension("spare"), "half of something much longer than what follows").unwrap();
         assert!(read(&path).unwrap().is_none());
-        replace(&path, "a\n").unwrap();
-        assert_eq!(read(&path).unwrap().as_deref(), Some("a\n"));
+        for (round, lines) in ["a\n", "b and more\n", "c\n"].into_iter().enumerate() {
+            replace(&path, lines).unwrap();
+            assert_eq!(read(&path).unwrap().as_deref(), Some(lines));
+            if round == 1 {
+                fs::remove_file(path.with_extension("spare")).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn the_two_files_change_names_and_no_third_appears() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        replace(&path, "first\n").unwrap();
+        let inodes = || {
+            let mut found: Vec<u64> = [path.clone(), path.with_extension("spare")]
+                .iter()
+                .map(|path| fs::metadata(path).unwrap().ino())
+                .collect();
+            found.sort_unstable();
+            found
+        };
+        let before = inodes();
+        for round in 0..20 {
+            replace(&path, &"line\n".repeat(round)).unwrap();
+            assert_eq!(inodes(), before);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        }
     }
 }

@@ -159,6 +159,7 @@ pub fn attempt_end(answer: ProposeAnswer) -> AttemptEnd {
         ProposeAnswer::Expired { log_time_ms } => AttemptEnd::Expired { log_time_ms },
         ProposeAnswer::Impossible(why) => AttemptEnd::NotSent(why),
         ProposeAnswer::Unknown(why) => AttemptEnd::Unknown(why),
+        ProposeAnswer::Full(shortages) => AttemptEnd::Full(shortages),
     }
 }
 

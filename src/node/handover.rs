@@ -15,6 +15,7 @@ use super::{
     core::{ClusterView, Core, Role, Shared},
     disk::DiskState,
     messages::StatusReply,
+    space::Level,
     status,
 };
 
@@ -32,7 +33,7 @@ pub async fn hand_over(shared: &Shared) {
     let began = Instant::now();
     let deadline = began + HAND_OVER_MAX;
     let mut view = shared.view.subscribe();
-    for (id, name) in candidates(shared, core).await {
+    for (id, name) in candidates(shared, core, is_well).await {
         let each = Duration::from_millis(shared.config.cluster.election_max_ms.saturating_mul(2));
         if core.raft.trigger().transfer_leader(id).await.is_err() {
             return;
@@ -48,6 +49,28 @@ pub async fn hand_over(shared: &Shared) {
     tracing::warn!("no node took over leadership; an election will decide");
 }
 
+/// Gives leadership to a voter that has room, while this node has none and goes on otherwise. True once another
+/// node leads. A transfer that was begun and not taken up ends with an election, as when a leader is lost.
+pub async fn hand_over_for_room(shared: &Shared, core: &Core) -> bool {
+    let began = Instant::now();
+    let deadline = began + HAND_OVER_MAX;
+    let mut view = shared.view.subscribe();
+    for (id, name) in candidates(shared, core, has_room).await {
+        let each = Duration::from_millis(shared.config.cluster.election_max_ms.saturating_mul(2));
+        if core.raft.trigger().transfer_leader(id).await.is_err() {
+            return false;
+        }
+        if wait_for(&mut view, deadline.min(Instant::now() + each), |v| v.role != Role::Leader).await {
+            wait_for(&mut view, deadline, |v| v.leader.as_ref().is_some_and(|l| !l.here)).await;
+            let leader = view.borrow().leader.as_ref().map(|l| l.name.clone());
+            tracing::info!(asked = name, ?leader, took = ?began.elapsed(), "leadership handed over for want of room");
+            return true;
+        }
+        tracing::warn!(asked = name, "leadership was not taken over in time");
+    }
+    false
+}
+
 fn leads_others(view: &ClusterView) -> bool {
     view.role == Role::Leader && view.membership.voter_ids().nth(1).is_some()
 }
@@ -61,7 +84,7 @@ async fn wait_for(
 }
 
 /// Who may take over, with names, the best first.
-async fn candidates(shared: &Shared, core: &Core) -> Vec<(u64, String)> {
+async fn candidates(shared: &Shared, core: &Core, may_lead: fn(&StatusReply) -> bool) -> Vec<(u64, String)> {
     let metrics = core.raft_metrics();
     let membership = &metrics.membership_config;
     let own_id = shared.local.load().node_id;
@@ -70,7 +93,7 @@ async fn candidates(shared: &Shared, core: &Core) -> Vec<(u64, String)> {
         (id, (member.name.clone(), status::ask_status(shared, id, &member.peer_addr).await.ok()))
     });
     let answers: BTreeMap<u64, (String, Option<StatusReply>)> = join_all(asked).await.into_iter().collect();
-    let well = answers.iter().filter(|(_, (_, status))| status.as_ref().is_some_and(is_well)).map(|(id, _)| *id);
+    let well = answers.iter().filter(|(_, (_, status))| status.as_ref().is_some_and(may_lead)).map(|(id, _)| *id);
     in_order(well.collect(), &metrics.replication.unwrap_or_default())
         .into_iter()
         .filter_map(|id| Some((id, answers.get(&id)?.0.clone())))
@@ -78,7 +101,11 @@ async fn candidates(shared: &Shared, core: &Core) -> Vec<(u64, String)> {
 }
 
 fn is_well(status: &StatusReply) -> bool {
-    status.role == Role::Follower.word() && status.disk.state == DiskState::Ok
+    status.role == Role::Follower.word() && matches!(status.disk.state, DiskState::Ok | DiskState::Full)
+}
+
+fn has_room(status: &StatusReply) -> bool {
+    is_well(status) && status.disk.state == DiskState::Ok && status.room.level == Level::Room
 }
 
 /// The one with the longest log first.

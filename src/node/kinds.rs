@@ -27,6 +27,8 @@ pub enum Kind {
     ReadIndex = 33,
     /// What a node knows about itself: `()` → `StatusReply`.
     Status = 34,
+    /// What do you know of these log entries? `EntryQuestions` → `EntryAnswers`. Answered before the own log is whole.
+    Entries = 40,
     /// Opens a checkpoint: `CheckpointOpen` → `CheckpointAccepted`.
     CheckpointOpen = 48,
     /// A piece of it: `CheckpointChunk` → `()`.
@@ -36,7 +38,7 @@ pub enum Kind {
 }
 
 /// Every kind with its lane.
-pub const KINDS: [(Kind, Lane); 12] = [
+pub const KINDS: [(Kind, Lane); 13] = [
     (Kind::Probe, Lane::Control),
     (Kind::Assign, Lane::Control),
     // Heartbeats on `Control`, entries on `Log`.
@@ -47,6 +49,8 @@ pub const KINDS: [(Kind, Lane); 12] = [
     (Kind::Forward, Lane::Log),
     (Kind::ReadIndex, Lane::Control),
     (Kind::Status, Lane::Control),
+    // On `Bulk`, because copies of entries may be large.
+    (Kind::Entries, Lane::Bulk),
     (Kind::CheckpointOpen, Lane::Bulk),
     (Kind::CheckpointChunk, Lane::Bulk),
     (Kind::CheckpointInstall, Lane::Bulk),
@@ -71,7 +75,7 @@ mod tests {
     #[test]
     fn numbers_are_frozen_unique_and_probes_are_below_the_bound() {
         let numbers: Vec<u16> = KINDS.iter().map(|(kind, _)| kind.number()).collect();
-        assert_eq!(numbers, [1, 2, 16, 17, 18, 19, 32, 33, 34, 48, 49, 50]);
+        assert_eq!(numbers, [1, 2, 16, 17, 18, 19, 32, 33, 34, 40, 48, 49, 50]);
         for (kind, _) in KINDS {
             assert_eq!(Kind::of(kind.number()), Some(kind));
             let probe = matches!(kind, Kind::Probe | Kind::Assign);

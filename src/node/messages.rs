@@ -8,9 +8,15 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use stemedb_raft::codec::{self, CodecError};
+use stemedb_raft::{
+    EntryAnswer, EntryQuestion,
+    codec::{self, CodecError},
+};
 
-use super::disk::DiskHealth;
+use super::{
+    disk::DiskHealth,
+    space::{RoomReport, Shortage},
+};
 use crate::state::command::{Command, CommandOutcome};
 
 /// Format of all bodies.
@@ -48,6 +54,20 @@ pub fn unpack<T: DeserializeOwned>(body: &[u8]) -> Result<T, BodyError> {
         return Err(BodyError::Newer { found });
     }
     Ok(codec::decode(value)?)
+}
+
+/// Questions of a node whose log lacks entries.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EntryQuestions {
+    /// Oldest first.
+    pub questions: Vec<EntryQuestion>,
+}
+
+/// What is known of the entries that were asked for.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EntryAnswers {
+    /// (index, answer), in the order of the questions. Fewer than these when the entries are large: ask again.
+    pub answers: Vec<(u64, EntryAnswer)>,
 }
 
 /// Commands on their way to the leader, as they are received.
@@ -89,6 +109,8 @@ pub enum ProposeAnswer {
     Impossible(String),
     /// It may have been appended.
     Unknown(String),
+    /// Disks are full; nothing was appended.
+    Full(Vec<Shortage>),
 }
 
 /// Answer to `Kind::ReadIndex`.
@@ -105,7 +127,7 @@ pub enum ReadIndexReply {
 pub struct StatusReply {
     /// The node's name.
     pub name: String,
-    /// `leader`, `follower`, `candidate`, `learner` or `starting`.
+    /// `leader`, `follower`, `candidate`, `learner`, `starting` or `repairing`.
     pub role: String,
     /// Its term.
     pub term: u64,
@@ -123,6 +145,8 @@ pub struct StatusReply {
     pub version: String,
     /// On a leader: for each member, how much of its log that member has not acknowledged.
     pub replication: Option<BTreeMap<u64, Lag>>,
+    /// How much room its data folder has.
+    pub room: RoomReport,
 }
 
 /// How far a member's log is behind the leader's.

@@ -13,6 +13,7 @@
 //! what those say.
 
 pub mod applier;
+pub mod ballast;
 pub mod boots;
 pub mod bootstrap;
 mod checkpoint_receive;
@@ -34,7 +35,14 @@ pub mod process;
 pub mod proposer;
 mod read;
 mod read_index;
+pub mod rebuild_from_wal;
+mod repair;
+pub mod room;
+mod room_watch;
 mod rpc_server;
+mod scrub;
+pub mod space;
+pub mod space_watch;
 mod start;
 pub mod status;
 mod submit;
@@ -55,10 +63,11 @@ use crate::{
 };
 
 pub use self::{
+    files::is_full,
     read::{Consistency, ReadError},
     start::{Ground, StartError},
     status::{ClusterReport, Health, MemberReport},
-    submit::{SubmitError, Submitted},
+    submit::{SubmitError, Submitted, shortages_text},
 };
 
 /// A running node. All methods may be called at any time, also while it forms its cluster or stops.

@@ -26,7 +26,9 @@ use super::{
     core::Shared,
     identity::FolderLock,
     park::Park,
+    room_watch,
     rpc_server::PeerService,
+    space_watch::SpaceWatch,
     start::{self, Ground, StartError},
     vital::Vital,
 };
@@ -47,6 +49,8 @@ pub struct Process {
     pub metrics: Arc<Metrics>,
     /// Where the log lies.
     pub disk: Arc<dyn Disk>,
+    /// How much room there is in the data folder.
+    pub space: SpaceWatch,
     /// Boot counts of the others.
     pub boots: SeenBoots,
     /// The bound on commands held for clients, over all incarnations.
@@ -64,7 +68,7 @@ pub struct Process {
 impl Process {
     /// Takes the folder, binds the peer port and starts the first incarnation.
     pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Process>, StartError> {
-        let lock = start::take_folder(&config, &metrics).await?;
+        let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
         let boots = SeenBoots::open(&config.node.data_dir)?;
         let listener = match ground.peer_listener {
             Some(listener) => listener,
@@ -76,6 +80,7 @@ impl Process {
             config,
             metrics,
             disk: ground.disk,
+            space,
             boots,
             peers,
             stop: CancellationToken::new(),
@@ -84,6 +89,7 @@ impl Process {
             lock: Mutex::new(Some(lock)),
         });
         process.serve_peers(listener);
+        process.watch_space();
         match start::incarnate(&process, |shared| process.current.store(Some(Arc::clone(shared)))).await {
             Ok(_) => Ok(process),
             Err(error) => {
@@ -101,6 +107,12 @@ impl Process {
     /// What this node says of itself in the answers of the peer port.
     pub fn local(&self) -> LocalIdentity {
         self.current.load().as_ref().map_or_else(LocalIdentity::default, |shared| **shared.local.load())
+    }
+
+    fn watch_space(self: &Arc<Self>) {
+        let weak = Arc::downgrade(self);
+        let blocked = move || room_watch::blocked(&*weak.upgrade()?.current()?);
+        self.vital.spawn("the task that looks at the free space", self.space.clone().run(self.stop.clone(), blocked));
     }
 
     fn serve_peers(self: &Arc<Self>, listener: TcpListener) {

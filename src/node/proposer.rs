@@ -23,6 +23,7 @@ use super::{
     log_time::{Applied, Stamper},
     messages::ProposeAnswer,
     park::{Park, Place},
+    room::{Admission, Need},
     vital::Vital,
 };
 use crate::{
@@ -62,6 +63,7 @@ struct Waiting {
 pub struct Proposer {
     queue: mpsc::UnboundedSender<Waiting>,
     bound: Park,
+    around: Arc<dyn Surroundings>,
 }
 
 /// What the task asks the node for.
@@ -70,6 +72,8 @@ pub trait Surroundings: Send + Sync + 'static {
     fn log_time(&self) -> Applied;
     /// Why this node must not acknowledge anything at present, if it must not.
     fn silenced(&self) -> Option<String>;
+    /// What may be proposed now, as far as disks have room.
+    fn admission(&self) -> Arc<Admission>;
     /// An entry with this many commands was proposed.
     fn entry_proposed(&self, commands: usize);
 }
@@ -80,14 +84,19 @@ impl Proposer {
         let bound = Park::new(QUEUE_COMMANDS_MAX, QUEUE_BYTES_MAX);
         // Unbounded as a channel; each item holds a place of `bound`.
         let (queue, waiting) = mpsc::unbounded_channel();
+        let asked = Arc::clone(&around);
         vital.spawn("the proposer", async move {
-            stop.run_until_cancelled(run(raft, around, waiting)).await;
+            stop.run_until_cancelled(run(raft, asked, waiting)).await;
         });
-        Proposer { queue, bound }
+        Proposer { queue, bound, around }
     }
 
     /// Queues a command. The receiver fails only if the task died, and then the outcome is unknown.
     pub fn propose(&self, command: Arc<Command>) -> Result<oneshot::Receiver<ProposeAnswer>, ProposeAnswer> {
+        // Here as well as before it is proposed: what waits for a slot may wait for as long as the disks are full.
+        if let Some(refusal) = self.around.admission().refusal(Need::of(&command.op)) {
+            return Err(refusal);
+        }
         let bytes = command_bytes(&command);
         let place = self.bound.enter(bytes).map_err(|_| ProposeAnswer::Busy)?;
         let (reply, answer) = oneshot::channel();
@@ -171,8 +180,16 @@ async fn run(raft: RaftNode, around: Arc<dyn Surroundings>, mut waiting: mpsc::U
             answer_all(packed, &ProposeAnswer::NotLeader);
             continue;
         }
-        let (packed, expired): (Vec<_>, Vec<_>) =
-            packed.into_iter().partition(|w| w.command.resend_until_ms >= log_time_ms);
+        let admission = around.admission();
+        let (packed, refused): (Vec<_>, Vec<_>) = packed
+            .into_iter()
+            .map(|w| (admission.refusal(Need::of(&w.command.op)), w))
+            .partition(|(refusal, _)| refusal.is_none());
+        for (refusal, waiting) in refused {
+            waiting.answer(refusal.unwrap_or(ProposeAnswer::NotLeader));
+        }
+        let packed = packed.into_iter().map(|(_, w)| w);
+        let (packed, expired): (Vec<_>, Vec<_>) = packed.partition(|w| w.command.resend_until_ms >= log_time_ms);
         for late in expired {
             late.answer(ProposeAnswer::Expired { log_time_ms });
         }

@@ -87,6 +87,10 @@ impl StateRead for ViewRead {
     ) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a> {
         self.0.snapshot.scan(from, to)
     }
+
+    fn report_damage(&self, what: &str) {
+        self.0.snapshot.report_damage(what);
+    }
 }
 
 /// A view that satisfies `consistency`.

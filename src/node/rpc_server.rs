@@ -27,9 +27,9 @@ use super::{
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
     kinds::Kind,
-    messages::{ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
+    messages::{EntryQuestions, ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
     process::Process,
-    status,
+    repair, status,
 };
 use crate::clock;
 
@@ -127,6 +127,9 @@ impl Connection {
         if kind == Kind::Status {
             return now(answer(&status::own_status(&shared)));
         }
+        if kind == Kind::Entries {
+            return entries(shared, body).boxed();
+        }
         if shared.core.get().is_none() {
             return now(Err(refused("this node is still starting")));
         }
@@ -154,7 +157,7 @@ impl Connection {
             Kind::CheckpointOpen => self.inbox.clone().open(body).boxed(),
             Kind::CheckpointChunk => self.inbox.clone().chunk(body).boxed(),
             Kind::CheckpointInstall => self.inbox.clone().install(shared, body).boxed(),
-            Kind::Probe | Kind::Assign | Kind::Status => now(Err(failed("handled before"))),
+            Kind::Probe | Kind::Assign | Kind::Status | Kind::Entries => now(Err(failed("handled before"))),
         }
     }
 }
@@ -227,6 +230,13 @@ fn forward(shared: Arc<Shared>, body: &Bytes) -> BoxFuture<'static, Answer> {
         answer(&ForwardReply { answers })
     }
     .boxed()
+}
+
+/// Answers before this node's own log is whole: two damaged logs may have what the other lacks.
+async fn entries(shared: Arc<Shared>, body: Bytes) -> Answer {
+    let request: EntryQuestions = read(&body)?;
+    let answers = tokio::task::spawn_blocking(move || repair::answer_blocking(&shared, &request)).await;
+    answer(&answers.map_err(failed)?.ok_or_else(|| refused("this node is still reading its log"))?)
 }
 
 async fn read_index(shared: Arc<Shared>) -> Answer {

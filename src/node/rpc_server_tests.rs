@@ -42,7 +42,7 @@ async fn a_command_that_was_queued_is_never_refused_as_without_effect() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(&dir).await;
     // The boot count of the sender cannot be saved.
-    std::fs::create_dir(dir.path().join("peers-seen.tmp")).unwrap();
+    std::fs::create_dir(dir.path().join("peers-seen.spare")).unwrap();
     let command = Command {
         key: CommandKey { source: KeySource::Node, id: 7 },
         body_hash: 0,

@@ -19,7 +19,7 @@ use arc_swap::ArcSwap;
 use openraft::{Raft, RaftLogReader, SnapshotPolicy, storage::RaftLogStorage};
 use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
-    OpenError, WalHandle, WalOptions, WalStore,
+    OpenError, WalHandle, WalStore,
     disk::{Disk, RealDisk},
 };
 use tokio::{
@@ -40,6 +40,10 @@ use super::{
     proposer::Proposer,
     read,
     read_index::{self, Rounds},
+    repair::{self, Begun},
+    room_watch,
+    space::{RealSpace, SpaceProbe},
+    space_watch::SpaceWatch,
     transport::Network,
     upkeep, watch as watcher,
 };
@@ -118,7 +122,7 @@ struct Parts {
     restore: crate::state::machine::RestoreApplier<applier::NodeApplier>,
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
     tokio::task::spawn_blocking(work).await.map_err(|e| StartError::Refused(format!("a starting step died: {e}")))
 }
 
@@ -128,16 +132,22 @@ pub struct Ground {
     pub peer_listener: Option<TcpListener>,
     /// Where the log lies. The state is always in files.
     pub disk: Arc<dyn Disk>,
+    /// Who says how much room there is.
+    pub space: Arc<dyn SpaceProbe>,
 }
 
 impl Default for Ground {
     fn default() -> Ground {
-        Ground { peer_listener: None, disk: RealDisk::new() }
+        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace) }
     }
 }
 
 /// Makes the data folder and takes it for this process.
-pub async fn take_folder(config: &Config, metrics: &Metrics) -> Result<FolderLock, StartError> {
+pub async fn take_folder(
+    config: &Arc<Config>,
+    metrics: &Arc<Metrics>,
+    probe: Arc<dyn SpaceProbe>,
+) -> Result<(FolderLock, SpaceWatch), StartError> {
     let data_dir = config.node.data_dir.clone();
     let path = data_dir.clone();
     tokio::fs::create_dir_all(&data_dir).await.map_err(|source| StartError::Io {
@@ -149,7 +159,10 @@ pub async fn take_folder(config: &Config, metrics: &Metrics) -> Result<FolderLoc
     let began = tokio::time::Instant::now();
     let lock = identity::lock_folder(&data_dir, config.storage.lock_timeout_ms).await?;
     metrics.lock_waited(began.elapsed());
-    Ok(lock)
+    // Before anything is written, so that a node without any room has some from its ballast.
+    let (config, metrics) = (Arc::clone(config), Arc::clone(metrics));
+    let space = blocking(move || SpaceWatch::begin(config, metrics, probe)).await?;
+    Ok((lock, space))
 }
 
 /// The configured list of nodes.
@@ -174,6 +187,7 @@ pub async fn incarnate(process: &Arc<Process>, early: impl FnOnce(&Arc<Shared>))
     let (assignments, assigned) = mpsc::channel(1);
     let shared = make_shared(process, own, assignments);
     early(&shared);
+    shared.vital.spawn("the task that follows the free space", room_watch::follow_own(Arc::clone(&shared)));
     let brought_up = bring_up(process, &shared, assigned).await;
     if let Err(error) = brought_up {
         shared.stop.cancel();
@@ -188,17 +202,53 @@ async fn bring_up(
     shared: &Arc<Shared>,
     assigned: mpsc::Receiver<AssignRequest>,
 ) -> Result<(), StartError> {
-    let log = open_log(&process.config, &process.metrics, Arc::clone(&process.disk)).await?;
+    let own_position = process.peers.iter().position(|peer| peer.name == process.config.node.name);
+    let ready = Ready { shared: Arc::clone(shared), peers: process.peers.clone(), own_position, assigned };
+    match repair::begin(process, shared).await? {
+        Begun::Open(log) => go_on(ready, log).await,
+        Begun::Asks(asking) => {
+            if shared.identity.load().is_none() {
+                return Err(StartError::Refused(
+                    "the log is damaged, and there is no identity file: the node cannot know whom to ask".into(),
+                ));
+            }
+            // A log that has lost entries had some: nobody may take this node for an empty one meanwhile.
+            shared.log_was_used.store(true, Ordering::Relaxed);
+            let (shared, stop) = (Arc::clone(shared), shared.core_stop.clone());
+            shared.clone().vital.spawn("the repair of the log", async move {
+                let repairing = async {
+                    let log = asking.finish(&shared).await?;
+                    go_on(ready, log).await
+                };
+                if let Some(Err(error)) = stop.run_until_cancelled(repairing).await {
+                    shared.vital.end(error.to_string());
+                }
+            });
+            Ok(())
+        }
+    }
+}
+
+/// What an incarnation has before its log is open.
+struct Ready {
+    shared: Arc<Shared>,
+    peers: Vec<PeerEntry>,
+    own_position: Option<usize>,
+    assigned: mpsc::Receiver<AssignRequest>,
+}
+
+/// The log is open: the place in a cluster, state and Raft.
+async fn go_on(ready: Ready, log: WalStore) -> Result<(), StartError> {
+    let Ready { shared, peers, own_position, assigned } = ready;
     let log_content = log_content(&log).await?;
     let known = shared.identity.load_full();
-    let standing = identity::standing((*known).as_ref(), log_content, has_files(&process.config.kv_dir())?);
+    let standing = identity::standing((*known).as_ref(), log_content, has_files(&shared.config.kv_dir())?);
     if let Standing::Refuse(why) = standing {
         return Err(StartError::Refused(why));
     }
-    let own_position = process.peers.iter().position(|peer| peer.name == process.config.node.name);
     // Only a node that looks for its place needs the list.
     if standing == Standing::Fresh && own_position.is_none() {
-        let why = format!("cluster.peers does not list this node, {:?}", process.config.node.name);
+        let why = format!("cluster.peers does not list this node, {:?}", shared.config.node.name);
         return Err(StartError::Config(why));
     }
     shared.log_was_used.store(log_content == LogContent::Used, Ordering::Relaxed);
@@ -207,11 +257,11 @@ async fn bring_up(
     }
     let (restore, state_gone) = applier::restorer(KeyLimits::default(), shared.vital.clone());
     *shared.state_gone.lock().unwrap_or_else(PoisonError::into_inner) = Some(state_gone);
-    let parts = Parts { shared: Arc::clone(shared), log, restore };
+    let parts = Parts { shared: Arc::clone(&shared), log, restore };
     match own_position {
         Some(position) if standing == Standing::Fresh || (standing == Standing::Assigned && position == 0) => {
             let stop = shared.core_stop.clone();
-            let forming = form_and_run(parts, process.peers.clone(), position, assigned);
+            let forming = form_and_run(parts, peers, position, assigned);
             shared.vital.spawn("the task that forms the cluster", async move {
                 stop.run_until_cancelled(forming).await;
             });
@@ -219,17 +269,6 @@ async fn bring_up(
         }
         _ => run_core(parts).await,
     }
-}
-
-async fn open_log(config: &Config, metrics: &Arc<Metrics>, disk: Arc<dyn Disk>) -> Result<WalStore, StartError> {
-    let mut options = WalOptions::new(config.wal_dir());
-    options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
-    options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
-    options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
-    options.observer = Arc::<Metrics>::clone(metrics);
-    let (log, report) = blocking(move || WalStore::open(disk, options)).await??;
-    tracing::info!(?report, "write-ahead log opened");
-    Ok(log)
 }
 
 async fn log_content(log: &WalStore) -> Result<LogContent, StartError> {
@@ -272,6 +311,8 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         local,
         identity: ArcSwap::from_pointee(own),
         wal: OnceLock::new(),
+        entry_source: Default::default(),
+        repairing: watch::Sender::default(),
         log_was_used: AtomicBool::new(false),
         boots: process.boots.clone(),
         forwarders: Forwarders::new(connections.clone(), reply_max),
@@ -281,6 +322,8 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         view: watch::Sender::default(),
         freshness: Default::default(),
         disk: watch::Sender::default(),
+        space: process.space.clone(),
+        admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
         leaving: AtomicBool::new(false),
         core_stop: stop.child_token(),
@@ -386,8 +429,10 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     }
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
-    vital.spawn("the task that watches the log", watcher::watch_log(Arc::clone(&shared)));
+    vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
+    vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
+    vital.spawn("the task that scrubs", super::scrub::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
     Ok(())
 }
@@ -405,6 +450,7 @@ fn machine_options(shared: &Shared, wal: WalHandle) -> MachineOptions {
             Box::pin(async move { wal.wait_flushed(log_index).await.map_err(|e| e.to_string()) })
         })),
         observer: Arc::<Metrics>::clone(&shared.metrics),
+        ..LsmOptions::default()
     };
     MachineOptions { data_dir: shared.config.node.data_dir.clone(), lsm }
 }

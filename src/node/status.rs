@@ -27,7 +27,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// `/v1/health`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Health {
-    /// `ok`, `starting`, `failed` or `stopping`.
+    /// `ok`, `starting`, `repairing`, `failed` or `stopping`.
     pub status: String,
     /// Name of the node.
     pub name: String,
@@ -41,6 +41,9 @@ pub struct Health {
     pub applied_index: u64,
     /// The disk.
     pub disk: DiskHealth,
+    /// What the log waits for while it is being repaired from the other nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repairing: Option<String>,
     /// Version of the program.
     pub version: String,
 }
@@ -106,6 +109,7 @@ pub fn health(shared: &Shared) -> Health {
     let status = match () {
         () if is_stopping(shared) => "stopping",
         () if disk.state == DiskState::Failed || shared.vital.ended().is_some() => "failed",
+        () if shared.repairing.borrow().is_some() => "repairing",
         () if shared.core.get().is_none() => "starting",
         () => "ok",
     };
@@ -117,6 +121,7 @@ pub fn health(shared: &Shared) -> Health {
         leader: view.leader.map(|l| l.name),
         applied_index: shared.core.get().map_or(0, |core| core.published().fact_index),
         disk,
+        repairing: shared.repairing.borrow().clone(),
         version: VERSION.into(),
     }
 }
@@ -126,7 +131,10 @@ pub fn own_status(shared: &Shared) -> StatusReply {
     let view = shared.view.borrow().clone();
     StatusReply {
         name: shared.name().to_owned(),
-        role: view.role.word().to_owned(),
+        role: match shared.repairing.borrow().is_some() {
+            true => "repairing".to_owned(),
+            false => view.role.word().to_owned(),
+        },
         term: view.term,
         leader: view.leader.map(|l| l.id),
         last_log_index: shared.wal().and_then(WalHandle::last_log_id).map(|id| id.index),
@@ -135,6 +143,7 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         disk: shared.disk.borrow().clone(),
         version: VERSION.into(),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),
+        room: shared.space.report().borrow().clone(),
     }
 }
 
@@ -284,6 +293,9 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
     }
     if is_stopping(shared) {
         return Err("this node is stopping".into());
+    }
+    if let Some(waits_for) = shared.repairing.borrow().as_ref() {
+        return Err(format!("the log is being repaired: {waits_for}"));
     }
     if shared.core.get().is_none() {
         return Err("this node is waiting for its cluster to be formed".into());

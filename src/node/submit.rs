@@ -10,6 +10,7 @@ use super::{
     forward::attempt_end,
     messages::ProposeAnswer,
     proposer::command_bytes,
+    space::Shortage,
     submit_rules::{AttemptEnd, Event, Life, Step, Verdict},
 };
 use crate::{
@@ -35,19 +36,27 @@ pub enum SubmitError {
     /// Surely not applied, now or later.
     #[error("not applied: {detail}")]
     NotApplied {
-        /// HTTP status: 429 (too much waits), 503 (no leader), 507 (disk full).
+        /// HTTP status: 429 (too much waits), 503 (no leader).
         status: u16,
         /// What kept it from being applied.
         detail: String,
         /// When it is worth trying again, seconds.
         retry_after_s: u64,
     },
+    /// Surely not applied: too few nodes have room on their disks.
+    #[error("not applied: {}", shortages_text(.0))]
+    DiskFull(Vec<Shortage>),
     /// It may have been applied, or may be yet. The same key tells.
     #[error("outcome unknown: {detail}")]
     Unknown {
         /// What is known.
         detail: String,
     },
+}
+
+/// The shortages of all nodes in one text.
+pub fn shortages_text(shortages: &[Shortage]) -> String {
+    shortages.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 enum Attempt {
@@ -119,6 +128,7 @@ pub async fn submit(
                         Ok(Submitted { outcome, served_by })
                     }
                     Verdict::NotApplied { status, why } => Err(not_applied(status, why)),
+                    Verdict::DiskFull(shortages) => Err(SubmitError::DiskFull(shortages)),
                     Verdict::Unknown { why } => Err(SubmitError::Unknown { detail: why }),
                 };
             }

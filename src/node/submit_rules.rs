@@ -14,6 +14,7 @@
 //!    └──────── Pause ◀────────┘ or no outcome (connection lost, leader changed): `unknown` is noted
 //! ```
 
+use super::space::Shortage;
 use crate::state::command::{CommandOutcome, Outcome, Refusal};
 
 /// First pause before the same leader is tried again, milliseconds.
@@ -45,6 +46,8 @@ pub enum AttemptEnd {
     NotLeader,
     /// The leader's queue is full; nothing was appended.
     Busy,
+    /// Too few nodes have room on their disks; nothing was appended.
+    Full(Vec<Shortage>),
     /// The command never reached a handler.
     NotSent(String),
     /// Log time had passed `resend_until` when the leader took it; nothing was appended.
@@ -104,6 +107,8 @@ pub enum Verdict {
         /// What kept it from being applied.
         why: String,
     },
+    /// Surely not applied: the disks of these nodes are full.
+    DiskFull(Vec<Shortage>),
     /// It may have been applied; the same key tells.
     Unknown {
         /// What is known.
@@ -162,6 +167,12 @@ impl Life {
             AttemptEnd::Outcome(outcome) => self.outcome(outcome, sent_to),
             AttemptEnd::NotLeader => self.again((503, "no node leads at present".into()), leader, log_time_ms),
             AttemptEnd::Busy => self.again((429, "the leader's queue of commands is full".into()), leader, log_time_ms),
+            AttemptEnd::Full(shortages) => match self.unknown {
+                // At once: nothing would be gained by waiting with the client.
+                None => Step::Finish(Verdict::DiskFull(shortages)),
+                // An earlier attempt may be in the log. With room again the same key still tells.
+                Some(_) => self.again((507, "the disks are full".into()), leader, log_time_ms),
+            },
             AttemptEnd::NotSent(why) => self.again((503, why), leader, log_time_ms),
             AttemptEnd::Expired { log_time_ms: at_leader } => self.expired(at_leader, leader),
             AttemptEnd::Unknown(why) => {

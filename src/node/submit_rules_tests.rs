@@ -67,6 +67,28 @@ fn refused_before_the_append_on_every_attempt_is_not_applied() {
 }
 
 #[test]
+fn a_full_disk_is_said_at_once_and_only_while_nothing_is_unknown() {
+    let full = || Event::Ended(AttemptEnd::Full(vec![]));
+    let mut clean = life();
+    clean.next(Event::Go, L1, 1_000);
+    assert!(matches!(clean.next(Event::Ended(AttemptEnd::NotLeader), L1, 1_000), Step::Pause { .. }));
+    assert_eq!(clean.next(Event::Go, L2, 1_000), send(2));
+    assert_eq!(clean.next(full(), L2, 1_000), Step::Finish(Verdict::DiskFull(vec![])));
+    // The first attempt may be in the log: it is asked for again, and never called not applied.
+    let mut tainted = life();
+    tainted.next(Event::Go, L1, 1_000);
+    tainted.next(lost(), L1, 1_000);
+    tainted.next(Event::Go, L2, 1_000);
+    assert!(matches!(tainted.next(full(), L2, 1_000), Step::Pause { .. }));
+    assert_eq!(tainted.next(Event::Go, L2, 1_000), send(2));
+    assert!(is_unknown(&tainted.next(Event::Deadline, L2, 11_000)));
+    let mut tainted = life();
+    tainted.next(Event::Go, L1, 1_000);
+    tainted.next(Event::LeaderChanged, L2, 1_000);
+    assert!(matches!(tainted.next(full(), L2, 1_000), Step::Pause { .. }));
+}
+
+#[test]
 fn one_unknown_attempt_taints_all_that_follows() {
     let mut life = life();
     life.next(Event::Go, L1, 1_000);

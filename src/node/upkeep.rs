@@ -3,14 +3,15 @@
 //! A checkpoint is taken when the log has grown by `wal.retain_mb` since the last one, and then the
 //! log is purged up to the checkpoint before it: so between one and two times that much stays for
 //! replicas that lag, which else would need a whole checkpoint. Nothing is purged that no checkpoint
-//! covers; Raft itself makes sure of that.
+//! covers; Raft itself makes sure of that. On a full disk room is worth more than what laggards are spared: a
+//! checkpoint is taken for every segment that it allows to go, and the log is purged up to that very one.
 
 use std::{sync::Arc, time::Duration};
 
 use openraft::{async_runtime::WatchReceiver, metrics::WaitError};
 use stemedb_raft::types::LogId;
 
-use super::core::Shared;
+use super::{core::Shared, space::Level};
 
 /// How often the size of the log is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -52,12 +53,16 @@ impl Upkeep {
 pub async fn run(shared: Arc<Shared>) {
     let (Some(core), Some(wal)) = (shared.core.get(), shared.wal()) else { return };
     let retain_bytes = shared.config.wal.retain_mb.saturating_mul(1024 * 1024);
+    let segment_bytes = shared.config.wal.segment_size_mb.saturating_mul(1024 * 1024);
     let mut upkeep = Upkeep::default();
     loop {
         tokio::select! {
             () = shared.core_stop.cancelled() => return,
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
+        let is_full = shared.space.report().borrow().level != Level::Room;
+        // Whole segments go, so that less than one is not worth a checkpoint.
+        let retain_bytes = if is_full { segment_bytes.min(retain_bytes) } else { retain_bytes };
         if upkeep.next(wal.bytes_since_purge(), retain_bytes) == Todo::Nothing {
             continue;
         }
@@ -73,7 +78,8 @@ pub async fn run(shared: Arc<Shared>) {
         match taken {
             Ok(metrics) => {
                 tracing::info!(covers = ?metrics.snapshot, log_bytes = wal.bytes_since_purge(), "checkpoint taken");
-                if let Some(upto) = before
+                let upto = if is_full { metrics.snapshot } else { before };
+                if let Some(upto) = upto
                     && core.raft.trigger().purge_log(upto.index).await.is_err()
                 {
                     return;

@@ -55,20 +55,33 @@ pub async fn watch_cluster(shared: Arc<Shared>) {
     go_on_as_proxy(&shared).await;
 }
 
-/// Marks the disk as failed the moment the log's writer stops: Raft notices a little later.
-pub async fn watch_log(shared: Arc<Shared>) {
-    let Some(wal) = shared.wal() else { return };
+/// Marks the disk as failed the moment the log or the tree latches, and ends Raft, which hears only of
+/// what it waits for. A log that latches while it marks what is durable, or a tree that latches in a
+/// flush, would leave a leader that may propose nothing and whose heartbeats keep the others from
+/// electing one: the cluster would have no leader for as long as this process lives.
+pub async fn watch_disk(shared: Arc<Shared>) {
+    let (Some(wal), Some(core)) = (shared.wal(), shared.core.get()) else { return };
     let mut latched = wal.watch_latched();
-    let stopped = async {
-        match latched.wait_for(Option::is_some).await {
-            Ok(why) => why.as_ref().map(ToString::to_string),
-            Err(_) => None,
+    let log_failed = async {
+        let why = latched.wait_for(Option::is_some).await.map(|why| why.as_ref().map(ToString::to_string));
+        match why {
+            Ok(why) => why.unwrap_or_default(),
+            // The log ends with its core, and so does this wait.
+            Err(_) => std::future::pending().await,
         }
     };
-    if let Some(Some(why)) = shared.core_stop.run_until_cancelled(stopped).await {
-        tracing::error!("WAL write error, nothing is acknowledged from now on: {why}");
+    let ending = async {
+        let why = tokio::select! {
+            why = log_failed => why,
+            error = core.state.wait_failed() => error.to_string(),
+        };
+        tracing::error!("storage error, nothing is acknowledged from now on: {why}");
         shared.disk.send_replace(DiskHealth::failed(why));
-    }
+        if let Err(error) = core.raft.shutdown().await {
+            tracing::warn!(%error, "the Raft task did not end well");
+        }
+    };
+    shared.core_stop.run_until_cancelled(ending).await;
 }
 
 fn set_view(shared: &Shared, view: ClusterView) {
@@ -160,6 +173,7 @@ mod tests {
             disk: DiskHealth::default(),
             version: "0".into(),
             replication: None,
+            room: Default::default(),
         };
         (id, Some(status))
     }

@@ -117,10 +117,8 @@ impl Applier {
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError> {
         if body.format != ENTRY_FORMAT {
-            return Err(EngineError::Damaged {
-                operation: "apply",
-                detail: format!("entry format {}, this program knows {ENTRY_FORMAT}", body.format),
-            });
+            let why = format!("entry format {}, this program knows {ENTRY_FORMAT}", body.format);
+            return Err(EngineError::io("apply", std::io::Error::new(std::io::ErrorKind::Unsupported, why)));
         }
         self.log_time_ms = self.log_time_ms.max(body.log_time_ms);
         let counters_before = self.progress.counters;
@@ -239,5 +237,5 @@ fn refused(refusal: Refusal) -> CommandOutcome {
 }
 
 fn encode_error(error: CodecError) -> EngineError {
-    EngineError::Damaged { operation: "apply", detail: error.to_string() }
+    EngineError::damaged("apply", error.to_string())
 }

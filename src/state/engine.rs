@@ -10,15 +10,25 @@
 mod applied;
 mod background;
 pub mod checkpoint;
+pub mod damage;
+pub mod direct;
+mod error;
 pub mod folder;
+pub mod foreign;
 mod guard;
 mod hidden;
+pub mod latch;
 mod lock;
 pub mod lsm;
+pub mod manifest;
 mod options;
 pub mod precheck;
+pub mod quarantine;
 pub mod receive;
+pub mod replace;
+pub mod scrub;
 mod snapshot;
+mod verify;
 
 use std::ops::Bound;
 use std::time::Duration;
@@ -26,62 +36,9 @@ use std::time::Duration;
 use bytes::Bytes;
 
 pub use applied::AppliedState;
+pub use damage::TreeDamage;
+pub use error::{EngineError, ErrorClass};
 pub use snapshot::Snapshot;
-
-/// A failure of the local store. It is never the same on every node: the node must stop using it.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The disk answered with an error.
-    #[error("storage {operation} error: {source}")]
-    Io {
-        /// What was being done: `put`, `get`, `scan`, `flush`, `compact`, `checkpoint`, `open`.
-        operation: &'static str,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// What was read is not what was written.
-    #[error("storage {operation} found damage: {detail}")]
-    Damaged {
-        /// What was being done.
-        operation: &'static str,
-        /// File, table and what does not match.
-        detail: String,
-    },
-}
-
-impl EngineError {
-    /// An error with the same kind and text, for the second and later callers of a latched engine.
-    pub fn repeat(&self) -> EngineError {
-        match self {
-            EngineError::Io { operation, source } => {
-                EngineError::Io { operation, source: std::io::Error::new(source.kind(), source.to_string()) }
-            }
-            EngineError::Damaged { operation, detail } => EngineError::Damaged { operation, detail: detail.clone() },
-        }
-    }
-
-    /// True when the disk had no room. Whether trying again is safe depends on what was being
-    /// written, not on this.
-    pub fn is_disk_full(&self) -> bool {
-        match self {
-            EngineError::Io { source, .. } => is_full(source),
-            EngineError::Damaged { .. } => false,
-        }
-    }
-
-    pub(crate) fn io(operation: &'static str, source: std::io::Error) -> EngineError {
-        EngineError::Io { operation, source }
-    }
-
-    pub(crate) fn damaged(operation: &'static str, detail: impl Into<String>) -> EngineError {
-        EngineError::Damaged { operation, detail: detail.into() }
-    }
-}
-
-/// ENOSPC or a quota, under whichever kind the standard library files them.
-fn is_full(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-}
 
 /// Hears what the engine does, for metrics. Called from its threads; must not block.
 pub trait EngineObserver: Send + Sync + 'static {
@@ -89,6 +46,8 @@ pub trait EngineObserver: Send + Sync + 'static {
     fn operation_done(&self, operation: &'static str, took: Duration);
     /// Any operation, reads too, ended with this error.
     fn operation_failed(&self, operation: &'static str, error: &EngineError);
+    /// Something was not what was written; `operation_failed` was called too when it was an operation.
+    fn damage_found(&self, _damage: &TreeDamage) {}
 }
 
 /// An observer that hears nothing.
@@ -113,6 +72,8 @@ pub trait StateRead {
         from: Bound<&[u8]>,
         to: Bound<&[u8]>,
     ) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a>;
+    /// A row that was read does not decode: the tree below, if there is one, is to be told.
+    fn report_damage(&self, _what: &str) {}
 }
 
 /// Changes that become visible together.

@@ -10,6 +10,7 @@
 //! never skipped. Snapshots are checkpoints of the tree (`engine::checkpoint`).
 
 mod entry;
+mod scrub;
 mod shelf;
 mod store;
 
@@ -28,10 +29,14 @@ use tokio::sync::watch;
 use crate::clock;
 use crate::state::command::{CommandOutcome, EntryBody};
 use crate::state::engine::checkpoint::{Checkpoint, FlushHold};
+use crate::state::engine::latch::Stage;
 use crate::state::engine::lsm::{LsmEngine, LsmOptions};
-use crate::state::engine::{AppliedState, EngineError, Snapshot, StateRead, WriteBatch};
+use crate::state::engine::{
+    AppliedState, EngineError, ErrorClass, Snapshot, StateRead, TreeDamage, WriteBatch, replace,
+};
 
 use shelf::Shelf;
+pub use shelf::newest_checkpoint;
 use store::StoreFolder;
 
 /// Entries applied before they are published and answered together. Bounds how long the first of
@@ -133,6 +138,43 @@ impl StateHandle {
         self.shared.engine.load().failed()
     }
 
+    /// Returns once the engine has latched; a snapshot that replaces the tree makes no difference.
+    pub async fn wait_failed(&self) -> Arc<EngineError> {
+        let mut latches = self.shared.options.lsm.latches.subscribe();
+        loop {
+            // Before the question, so that no latch falls between it and the wait.
+            latches.mark_unchanged();
+            if let Some(error) = self.failed() {
+                return error;
+            }
+            // The sender lives in the options of this very handle.
+            if latches.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// The first damage of the tree, found by whatever means: a read, a compaction, a checkpoint, the
+    /// scrubber. `None` again once the tree was replaced.
+    pub fn damage(&self) -> watch::Receiver<Option<TreeDamage>> {
+        self.shared.options.lsm.damage.watch()
+    }
+
+    /// A write or sync of the state failed outside the engine, such as that of a checkpoint being
+    /// received: nothing is written here any more. Damage is only reported.
+    pub fn suffer(&self, error: &EngineError) {
+        self.shared.engine.load().inner.suffer(Stage::Install, error);
+    }
+
+    /// Blocking. Files below `kv/` and `checkpoint/` that are not of the database. They are left alone.
+    pub fn foreign_files(&self) -> Vec<PathBuf> {
+        let mut found = self.shared.store.foreign_files();
+        found.extend(self.shared.shelf.foreign_files());
+        found.extend_from_slice(self.shared.engine.load().foreign_files());
+        found.sort();
+        found
+    }
+
     /// The newest checkpoint.
     pub fn checkpoint(&self) -> Option<Checkpoint> {
         self.shared.shelf.newest()
@@ -165,8 +207,18 @@ impl<A: EntryApplier> StateMachine<A> {
     /// Blocking. Opens the state below `options.data_dir`, after finishing or discarding what a
     /// crash left half-done.
     ///
-    /// Errors: those of [`LsmEngine::open`], and damage of the file that names the tree's folder.
+    /// Errors, by [`EngineError::class`]: `Damaged` names the file; the tree alone may then be replaced
+    /// (`replace`), and nothing has been changed. `Busy`, `Newer` and `NotPermitted` are for the
+    /// operator, and nothing may be replaced. `Disk`: the disk failed.
     pub fn open(options: MachineOptions, restore: RestoreApplier<A>) -> Result<StateMachine<A>, EngineError> {
+        replace::finish_interrupted(&options.data_dir, &None)?;
+        // Before anything is made: where there is a checkpoint, there was a tree.
+        if let Some(covers) = newest_checkpoint(&options.data_dir).and_then(|c| c.applied().log_id)
+            && !StoreFolder::has_tree(&options.data_dir)?
+        {
+            let why = format!("has no tree, and there is a checkpoint of it as of {covers}");
+            return Err(EngineError::damaged_file("open", &options.data_dir.join("kv"), why));
+        }
         let store = StoreFolder::open(&options.data_dir)?;
         let engine = LsmEngine::open(&store.active(), options.lsm.clone())?;
         store.remove_others();
@@ -189,6 +241,14 @@ impl<A: EntryApplier> StateMachine<A> {
     /// For readers and the node.
     pub fn handle(&self) -> StateHandle {
         StateHandle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Blocking. Writes everything applied to the disk. Between entries, as every call of a machine.
+    pub fn seal_blocking(&mut self) -> Result<(), EngineError> {
+        let keys = self.applier.save_keys()?;
+        let ticket = self.engine.rotate(&self.applied, &keys)?;
+        self.publish();
+        self.engine.wait_flushed_blocking(ticket)
     }
 
     fn publish(&self) {
@@ -236,7 +296,11 @@ impl<A: EntryApplier> StateMachine<A> {
 
     fn apply_commands(&mut self, log_id: &LogId, data: &[u8]) -> Result<EntryOutcome, io::Error> {
         let body = entry::decode(log_id, data)?;
-        let (batch, outcomes) = self.applier.apply(&self.engine.written(), &body).map_err(io::Error::other)?;
+        let (batch, outcomes) = self.applier.apply(&self.engine.written(), &body).map_err(|error| {
+            tracing::error!("Index update failed: entry {log_id}: {error}");
+            self.engine.inner.report(&error);
+            io::Error::other(error)
+        })?;
         // Encoded before anything is written: an entry is applied whole or not at all.
         let outcome = entry::encode_outcomes(log_id, &outcomes)?;
         self.engine.write(&batch).map_err(io::Error::other)?;
@@ -366,7 +430,15 @@ impl<A: EntryApplier> RaftStateMachine<TypeConfig> for StateMachine<A> {
         }
         let shared = Arc::clone(&self.shared);
         let restore = Arc::clone(&self.restore);
-        let (engine, applier) = blocking("install", move || shared.install(&restore, snapshot)).await?;
+        let (engine, applier) = blocking("install", move || {
+            shared.install(&restore, snapshot).inspect_err(|error| {
+                // Damage is the received tree's; it is not this one's.
+                if error.class() != ErrorClass::Damaged {
+                    shared.engine.load().inner.suffer(Stage::Install, error);
+                }
+            })
+        })
+        .await?;
         let old = std::mem::replace(&mut self.engine, engine);
         self.applier = applier;
         self.applied = applied;
@@ -374,6 +446,7 @@ impl<A: EntryApplier> RaftStateMachine<TypeConfig> for StateMachine<A> {
         self.publish();
         // Its folder goes when the last reader of an old view has finished.
         old.retire();
+        self.shared.options.lsm.damage.forget(old.dir());
         Ok(())
     }
 

@@ -22,6 +22,13 @@ impl RealDisk {
     }
 }
 
+impl RealDisk {
+    /// Opens a file that this process may not write.
+    pub(crate) fn open_read_only(path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(RealFile(File::open(path)?)))
+    }
+}
+
 struct RealFile(File);
 
 struct RealLock {
@@ -75,7 +82,8 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        File::open(dir)?.sync_all()
+        rustix::fs::fsync(&File::open(dir)?)?;
+        Ok(())
     }
 
     fn space(&self, dir: &Path) -> io::Result<Space> {
@@ -102,6 +110,47 @@ impl Disk for RealDisk {
     }
 }
 
+/// Memory, offsets and lengths of direct reads are multiples of this; no device asks for more.
+const DIRECT_ALIGN: usize = 4096;
+/// Direct reads are made in pieces of this size.
+const DIRECT_BYTES: usize = 1 << 20;
+
+impl RealFile {
+    fn read_direct(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        use rustix::fs::{Mode, OFlags};
+        use std::os::fd::AsRawFd;
+        // By its descriptor, because a segment may be renamed while it is open.
+        let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
+        let direct =
+            File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?);
+        let mut memory = vec![0; DIRECT_BYTES + DIRECT_ALIGN];
+        let shift = memory.as_ptr().align_offset(DIRECT_ALIGN);
+        let aligned = memory.get_mut(shift..shift + DIRECT_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut read = 0;
+        while read < buf.len() {
+            let at = offset + read as u64;
+            let begin = at - at % DIRECT_ALIGN as u64;
+            let skip = usize::try_from(at - begin).map_err(io::Error::other)?;
+            let wanted = (skip + buf.len() - read).next_multiple_of(DIRECT_ALIGN).min(DIRECT_BYTES);
+            let piece = aligned.get_mut(..wanted).unwrap_or_default();
+            let got = match direct.read_at(piece, begin) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                got => got?,
+            };
+            let fresh = piece.get(skip..got).unwrap_or_default();
+            let n = fresh.len().min(buf.len() - read);
+            let Some((to, from)) = buf.get_mut(read..read + n).zip(fresh.get(..n)).filter(|_| n > 0) else { break };
+            to.copy_from_slice(from);
+            read += n;
+            // A short direct read is the end of the file.
+            if got < wanted {
+                break;
+            }
+        }
+        Ok(read)
+    }
+}
+
 impl DiskFile for RealFile {
     fn bytes(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())
@@ -118,6 +167,17 @@ impl DiskFile for RealFile {
             }
         }
         Ok(read)
+    }
+
+    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        match self.read_direct(buf, offset) {
+            // Not every file system can; dropping the clean pages first is the next best.
+            Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+                rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?;
+                self.read_at(buf, offset)
+            }
+            read => read,
+        }
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -142,11 +202,6 @@ impl DiskFile for RealFile {
     fn sync_data(&self) -> io::Result<()> {
         // Not `File::sync_data`: the standard library calls again what a signal interrupted, and a second sync lies.
         rustix::fs::fdatasync(&self.0)?;
-        Ok(())
-    }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?;
         Ok(())
     }
 }

@@ -158,3 +158,70 @@ impl RaftStateMachine<TypeConfig> for ListMachine {
 pub fn real_disk() -> Arc<dyn Disk> {
     stemedb_raft::disk::RealDisk::new()
 }
+
+pub enum Found {
+    Ready(WalStore, stemedb_raft::RecoveryReport),
+    Waits(stemedb_raft::PendingLog),
+    Lost(String),
+    Refused(String),
+}
+
+impl Found {
+    pub fn of(step: Result<stemedb_raft::OpenStep, stemedb_raft::OpenError>) -> Self {
+        match step {
+            Ok(stemedb_raft::OpenStep::Ready(store, report)) => Self::Ready(store, report),
+            Ok(stemedb_raft::OpenStep::AskPeers(pending)) => Self::Waits(pending),
+            Ok(stemedb_raft::OpenStep::Rebuild(lost)) => Self::Lost(lost.why),
+            Err(error) => Self::Refused(error.to_string()),
+        }
+    }
+
+    pub fn source(&self) -> stemedb_raft::EntrySource {
+        match self {
+            Self::Ready(store, _) => store.handle().source(),
+            Self::Waits(pending) => pending.source(),
+            Self::Lost(_) | Self::Refused(_) => stemedb_raft::EntrySource::lost(),
+        }
+    }
+}
+
+pub fn begin(sim: &SimDisk) -> Found {
+    Found::of(WalStore::begin_open(sim.shared(), options(Path::new("/wal"))))
+}
+
+/// Asks the given others everything, once.
+pub fn ask_once(
+    pending: stemedb_raft::PendingLog,
+    own: u64,
+    voters: &[u64],
+    others: &[(u64, stemedb_raft::EntrySource)],
+) -> Found {
+    let questions = pending.questions();
+    let answers: Vec<_> =
+        others.iter().flat_map(|(id, source)| questions.iter().map(|q| (*id, q.index, source.answer(q)))).collect();
+    let electorate = stemedb_raft::Electorate { own: Some(own), voters: voters.iter().copied().collect() };
+    Found::of(pending.resolve(&answers, &electorate))
+}
+
+/// Opens all logs; those that lack something ask the others until nothing changes. Ids are 1, 2, 3 …
+pub fn settle(sims: &[SimDisk]) -> Vec<Found> {
+    let mut nodes: Vec<Found> = sims.iter().map(begin).collect();
+    let voters: Vec<u64> = (1..=sims.len() as u64).collect();
+    loop {
+        let mut moved = false;
+        for at in 0..nodes.len() {
+            let sources: Vec<_> =
+                (1..).zip(nodes.iter().map(Found::source)).filter(|(id, _)| *id != at as u64 + 1).collect();
+            if !matches!(nodes[at], Found::Waits(_)) {
+                continue;
+            }
+            let Found::Waits(pending) = std::mem::replace(&mut nodes[at], Found::Lost(String::new())) else { continue };
+            let before = pending.progress();
+            nodes[at] = ask_once(pending, at as u64 + 1, &voters, &sources);
+            moved |= !matches!(&nodes[at], Found::Waits(pending) if pending.progress() == before);
+        }
+        if !moved {
+            return nodes;
+        }
+    }
+}

@@ -56,10 +56,11 @@ impl AppliedState {
             .ok_or_else(|| EngineError::damaged("open", "the applied state is cut short"))?;
         let format = u16::from_le_bytes(*format);
         if format != APPLIED_FORMAT {
-            return Err(EngineError::damaged(
-                "open",
-                format!("the applied state has format {format}, this program knows {APPLIED_FORMAT}"),
-            ));
+            let why = format!("the applied state has format {format}, this program knows {APPLIED_FORMAT}");
+            return Err(match format > APPLIED_FORMAT {
+                true => EngineError::io("open", std::io::Error::new(std::io::ErrorKind::Unsupported, why)),
+                false => EngineError::damaged("open", why),
+            });
         }
         let applied: AppliedState =
             codec::decode(body).map_err(|e| EngineError::damaged("open", format!("the applied state: {e}")))?;

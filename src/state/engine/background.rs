@@ -5,7 +5,7 @@
 //! refers to the new files, and the next try writes new ones from memory); every other failure,
 //! above all a failed sync and anything after the manifest was touched, latches the engine.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -16,10 +16,13 @@ use std::time::Duration;
 use lsm_tree::AbstractTree;
 use lsm_tree::compaction::Leveled;
 
+use super::error::SyncFailed;
 use super::guard::caught;
+use super::latch::{Consequence, Stage, leftovers, was_the_sync};
 use super::lsm::{Inner, Sealed, lock};
+use super::manifest::ListedTable;
 use super::precheck::TABLES;
-use super::{EngineError, hidden};
+use super::{EngineError, ErrorClass, hidden, precheck};
 
 /// How often a flush or compaction that found no room is tried again.
 const FULL_RETRY: Duration = Duration::from_secs(1);
@@ -80,11 +83,10 @@ fn flush_loop(inner: &Arc<Inner>, runtime: &tokio::runtime::Runtime) {
                 inner.wake_all();
                 crate::allocator::give_back();
             }
-            Err(Failure::Full(error)) => wait_for_space(inner, "flush", &error),
-            Err(Failure::Fatal(error)) => {
-                inner.latch(error);
-                return;
-            }
+            Err((stage, error)) => match inner.suffer(stage, &error) {
+                Consequence::Wait => wait_for_space(inner, "flush", &error),
+                _ => return,
+            },
         }
     }
 }
@@ -133,39 +135,57 @@ fn pass_gate(inner: &Inner, runtime: &tokio::runtime::Runtime, sealed: &Sealed) 
     }
 }
 
-/// What a failed flush or compaction allows.
-enum Failure {
-    /// No room, and nothing but unreferenced files was written: try again.
-    Full(EngineError),
-    /// Latch.
-    Fatal(EngineError),
-}
+/// What failed, and how far it had come: that decides what is done about it.
+type Failure = (Stage, EngineError);
 
 impl Inner {
     fn note_failure<T>(&self, operation: &'static str, result: &Result<T, Failure>) {
-        if let Err(Failure::Full(error) | Failure::Fatal(error)) = result {
+        if let Err((_, error)) = result {
             self.options.observer.operation_failed(operation, error);
         }
     }
 }
 
+/// The failure of a write of tables, which began when there were these leftovers.
+fn tables_failed(inner: &Inner, stage: Stage, before: &BTreeSet<u64>, error: EngineError) -> Failure {
+    if error.is_disk_full() && was_the_sync(inner, before) {
+        let operation = error.operation();
+        let source = io::Error::other(SyncFailed(io::Error::other(error.to_string())));
+        return (stage, EngineError::io(operation, source));
+    }
+    (stage, error)
+}
+
 fn flush_one(inner: &Inner, sealed: &Sealed) -> Result<(), Failure> {
-    let room = free_bytes(inner).map_err(Failure::Fatal)?;
+    let at = |stage| move |error| (stage, error);
+    let room = free_bytes(inner).map_err(at(Stage::FlushTables))?;
     let needed = sealed.memtable.size().saturating_add(FLUSH_SPARE_BYTES);
     if room < needed {
-        return Err(Failure::Full(EngineError::io(
-            "flush",
-            io::Error::new(io::ErrorKind::StorageFull, format!("{room} bytes are free, {needed} are needed")),
-        )));
+        let why = format!("{room} bytes are free, {needed} are needed");
+        let source = io::Error::new(io::ErrorKind::StorageFull, why);
+        return Err((Stage::FlushTables, EngineError::io("flush", source)));
     }
     let watermark = inner.snapshots.watermark();
+    let before = leftovers(inner);
     let writing = inner.writing_tables.read().unwrap_or_else(PoisonError::into_inner);
-    let tables = caught("flush", || hidden::write_tables(&inner.tree, &sealed.memtable, watermark))
-        .map_err(|error| if error.is_disk_full() { Failure::Full(error) } else { Failure::Fatal(error) })?;
+    let tables = inner
+        .step("flush", "flush.tables")
+        .and_then(|()| caught("flush", || hidden::write_tables(&inner.tree, &sealed.memtable, watermark)))
+        .and_then(|tables| inner.step("flush", "flush.tables-written").map(|()| tables));
+    let tables = match tables {
+        Ok(tables) => tables,
+        Err(error) => {
+            drop(writing);
+            return Err(tables_failed(inner, Stage::FlushTables, &before, error));
+        }
+    };
     // From here on nothing may be tried again: a manifest that failed half-way is on disk or not.
     let mut persisted = lock(&inner.persisted);
-    caught("flush", || hidden::register_tables(&inner.tree, &tables, &sealed.memtable, watermark))
-        .map_err(Failure::Fatal)?;
+    inner
+        .step("flush", "flush.manifest")
+        .and_then(|()| caught("flush", || hidden::register_tables(&inner.tree, &tables, &sealed.memtable, watermark)))
+        .and_then(|()| inner.step("flush", "flush.manifest-written"))
+        .map_err(at(Stage::Manifest))?;
     inner.manifests_by_flush.fetch_add(1, Ordering::Relaxed);
     lock(&inner.tables_seen).extend(hidden::table_ids(&tables));
     *persisted = sealed.applied.clone();
@@ -184,7 +204,7 @@ pub(crate) fn free_bytes(inner: &Inner) -> Result<u64, EngineError> {
 
 fn wait_for_space(inner: &Inner, operation: &'static str, error: &EngineError) {
     if !inner.counters.disk_full.swap(true, Ordering::Relaxed) {
-        tracing::warn!(%error, operation, "no room on the disk, waiting for it");
+        tracing::warn!(%error, operation, "no space on the disk, waiting for it");
     }
     remove_leftovers(inner);
     let queue = lock(&inner.queue);
@@ -236,13 +256,18 @@ fn compact_loop(inner: &Arc<Inner>) {
                 _ => {}
             }
         }
-        // A failure that is not for lack of room has latched the engine; the loop then ends.
+        // A failure that is not for lack of room has latched the engine or stopped compaction.
         let done = compact_all(inner);
         if done.as_ref().is_err_and(EngineError::is_disk_full) && inner.failed.get().is_none() {
+            if !inner.counters.compaction_full.swap(true, Ordering::Relaxed) {
+                tracing::warn!("no space on the disk for a compaction, waiting for it");
+            }
             let wanted = lock(&inner.compaction_wanted);
             if let Ok((mut wanted, _)) = inner.compaction_woken.wait_timeout(wanted, FULL_RETRY) {
                 *wanted = true;
             }
+        } else {
+            inner.counters.compaction_full.store(false, Ordering::Relaxed);
         }
     }
 }
@@ -275,6 +300,9 @@ pub(crate) fn compact_major(inner: &Inner) -> Result<bool, EngineError> {
 
 fn compact_step(inner: &Inner, compact: impl FnOnce(u64) -> lsm_tree::Result<()>) -> Result<bool, EngineError> {
     inner.check()?;
+    if inner.counters.compaction_stopped.load(Ordering::Relaxed) {
+        return Err(EngineError::damaged("compact", "an earlier compaction met damage; the tree is to be replaced"));
+    }
     let began = tokio::time::Instant::now();
     let result = compact_step_inner(inner, compact);
     inner.note_failure("compact", &result);
@@ -287,26 +315,37 @@ fn compact_step(inner: &Inner, compact: impl FnOnce(u64) -> lsm_tree::Result<()>
             }
             Ok(changed)
         }
-        Err(Failure::Full(error)) => {
-            remove_leftovers(inner);
+        Err((stage, error)) => {
+            match inner.suffer(stage, &error) {
+                Consequence::Report => {
+                    tracing::error!("LSM tree compaction failed: {error}; none is begun before the tree is replaced");
+                    inner.counters.compaction_stopped.store(true, Ordering::Relaxed);
+                    inner.wake_all();
+                }
+                Consequence::Wait => remove_leftovers(inner),
+                Consequence::GiveUp | Consequence::Latch => {}
+            }
             Err(error)
         }
-        Err(Failure::Fatal(error)) => Err(inner.latch(error).repeat()),
     }
 }
 
 fn compact_step_inner(inner: &Inner, compact: impl FnOnce(u64) -> lsm_tree::Result<()>) -> Result<bool, Failure> {
+    let at = |stage| move |error| (stage, error);
+    let left = leftovers(inner);
     let writing = inner.writing_tables.read().unwrap_or_else(PoisonError::into_inner);
-    let before = manifests_by_compaction(inner).map_err(Failure::Fatal)?;
+    let before = manifests_by_compaction(inner).map_err(at(Stage::CompactionTables))?;
     let watermark = inner.snapshots.watermark();
-    if let Err(error) = caught("compact", || compact(watermark)) {
-        return Err(if error.is_disk_full() && !manifest_was_begun(inner) {
-            Failure::Full(error)
-        } else {
-            Failure::Fatal(error)
-        });
+    let compacted = inner.step("compact", "compact.tables").and_then(|()| caught("compact", || compact(watermark)));
+    if let Err(error) = compacted {
+        if manifest_was_begun(inner) {
+            return Err((Stage::Manifest, error));
+        }
+        drop(writing);
+        return Err(tables_failed(inner, Stage::CompactionTables, &left, locate(inner, error)));
     }
-    let after = caught("compact", || Ok(hidden::pin(&inner.tree))).map_err(Failure::Fatal)?.tables();
+    inner.step("compact", "compact.manifest-written").map_err(at(Stage::Manifest))?;
+    let after = caught("compact", || Ok(hidden::pin(&inner.tree))).map_err(at(Stage::Manifest))?.tables();
     let mut seen = lock(&inner.tables_seen);
     // A flush that ended meanwhile added its tables to `seen` itself.
     let written: u64 = after.iter().filter(|table| !seen.contains(&table.id)).map(|table| table.bytes).sum();
@@ -315,7 +354,22 @@ fn compact_step_inner(inner: &Inner, compact: impl FnOnce(u64) -> lsm_tree::Resu
     drop(writing);
     inner.counters.compacted_bytes.fetch_add(written, Ordering::Relaxed);
     // `compact` does not say whether it did anything.
-    Ok(manifests_by_compaction(inner).map_err(Failure::Fatal)? != before)
+    Ok(manifests_by_compaction(inner).map_err(at(Stage::Manifest))? != before)
+}
+
+/// A compaction reads tables and writes others, and its error does not say which of the two failed:
+/// when a table is not what the manifest says, it was the reading.
+fn locate(inner: &Inner, error: EngineError) -> EngineError {
+    if !matches!(error.class(), ErrorClass::Damaged | ErrorClass::Disk) {
+        return error;
+    }
+    let Ok(pinned) = caught("compact", || Ok(hidden::pin(&inner.tree))) else { return error };
+    let tables: Vec<ListedTable> =
+        pinned.tables().iter().map(|table| ListedTable { id: table.id, xxh3: table.xxh3 }).collect();
+    match precheck::find_damaged_table(&inner.dir, &tables) {
+        Some(EngineError::Damaged { file, what, .. }) => EngineError::Damaged { operation: "compact", file, what },
+        _ => error,
+    }
 }
 
 /// Number of the newest manifest, not counting those that flushes wrote.

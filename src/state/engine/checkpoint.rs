@@ -21,10 +21,12 @@ use serde::{Deserialize, Serialize};
 use stemedb_raft::codec;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::error::SyncFailed;
 use super::guard::caught;
+use super::latch::Stage;
 use super::lsm::{LsmEngine, lock};
 use super::precheck::{CURRENT, Current, TABLES};
-use super::{AppliedState, EngineError, folder, hidden};
+use super::{AppliedState, EngineError, direct, folder, foreign, hidden};
 
 /// Name of the manifest inside a checkpoint.
 pub const MANIFEST: &str = "checkpoint.manifest";
@@ -76,7 +78,7 @@ struct Keep {
 impl Drop for Keep {
     fn drop(&mut self) {
         if self.superseded.load(Ordering::Acquire)
-            && let Err(error) = folder::remove(&self.dir)
+            && let Err(error) = foreign::remove_tree(&self.dir)
         {
             tracing::warn!(%error, dir = %self.dir.display(), "an old checkpoint stays");
         }
@@ -87,12 +89,13 @@ impl Checkpoint {
     /// Reads back the checkpoint in `dir`: its manifest must be whole and every file there with
     /// its length. The contents are checked by [`Self::verify_blocking`].
     pub fn load(dir: &Path) -> Result<Checkpoint, EngineError> {
-        let bytes = fs::read(dir.join(MANIFEST)).map_err(|e| EngineError::io("checkpoint", e))?;
-        let checkpoint = Checkpoint::with_body(dir, decode_manifest(&bytes)?);
+        let path = dir.join(MANIFEST);
+        let bytes = fs::read(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?;
+        let body = decode_manifest(&bytes).map_err(|error| error.in_file(Some(path)))?;
+        let checkpoint = Checkpoint::with_body(dir, body);
         for file in checkpoint.files() {
-            let found = fs::metadata(dir.join(&file.name))
-                .map_err(|e| damaged(dir, &file.name, &format!("cannot be read: {e}")))?
-                .len();
+            let path = dir.join(&file.name);
+            let found = fs::metadata(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?.len();
             if found != file.bytes {
                 let why = format!("has {found} bytes instead of {}", file.bytes);
                 return Err(damaged(dir, &file.name, &why));
@@ -143,9 +146,10 @@ impl Checkpoint {
             .ok_or_else(|| invalid(&format!("{file:?} is no file of this checkpoint")))?;
         let left = usize::try_from(listed.bytes.saturating_sub(offset)).unwrap_or(usize::MAX);
         let mut chunk = vec![0u8; len.min(left)];
-        File::open(self.dir.join(&listed.name))
+        let path = self.dir.join(&listed.name);
+        File::open(&path)
             .and_then(|opened| opened.read_exact_at(&mut chunk, offset))
-            .map_err(|e| EngineError::io("checkpoint", e))?;
+            .map_err(|e| EngineError::read("checkpoint", &path, e))?;
         Ok(chunk.into())
     }
 
@@ -199,9 +203,11 @@ impl Checkpoint {
     }
 }
 
-/// Blocking. Compares one file with its entry.
+/// Blocking. Compares one file with its entry, as the medium has it and not the page cache, and syncs it:
+/// what a log may be purged behind, or a tree made of, has been read back once.
 pub(crate) fn verify_file(dir: &Path, file: &CheckpointFile) -> Result<(), EngineError> {
-    let (bytes, xxh3) = folder::hash(&dir.join(&file.name)).map_err(|e| EngineError::io("checkpoint", e))?;
+    let path = dir.join(&file.name);
+    let (bytes, xxh3) = direct::hash_and_sync(&path).map_err(|e| verify_failed(&path, e))?;
     if (bytes, xxh3) == (file.bytes, file.xxh3) {
         return Ok(());
     }
@@ -209,7 +215,15 @@ pub(crate) fn verify_file(dir: &Path, file: &CheckpointFile) -> Result<(), Engin
 }
 
 fn damaged(dir: &Path, name: &str, why: &str) -> EngineError {
-    EngineError::damaged("checkpoint", format!("{} {why}", dir.join(name).display()))
+    EngineError::damaged_file("checkpoint", &dir.join(name), why)
+}
+
+/// A read that fails is damage of the file; a sync that fails is the disk's failure.
+fn verify_failed(path: &Path, error: io::Error) -> EngineError {
+    match error.get_ref().is_some_and(|inner| inner.is::<SyncFailed>()) {
+        true => EngineError::io("checkpoint", error),
+        false => EngineError::read("checkpoint", path, error),
+    }
 }
 
 fn invalid(why: &str) -> EngineError {
@@ -246,12 +260,17 @@ fn decode_manifest(bytes: &[u8]) -> Result<Body, EngineError> {
     if magic != MAGIC {
         return Err(wrong("it does not begin as one".to_owned()));
     }
-    // Before the hash: a newer form may be hashed in another way.
+    // Named even when the hash does not match: a newer form may be hashed in another way.
     let format = u16::from_le_bytes([*f0, *f1]);
+    let is_signed = xxh3_128(signed).to_le_bytes() == *hash;
     if format > FORMAT {
-        return Err(wrong(format!("format {format}, this program knows up to {FORMAT}")));
+        let why = format!("format {format}, this program knows up to {FORMAT}");
+        return Err(match is_signed {
+            true => EngineError::io("checkpoint", io::Error::new(io::ErrorKind::Unsupported, why)),
+            false => wrong(why), // or flipped: it is not touched, and another one is made of the tree
+        });
     }
-    if xxh3_128(signed).to_le_bytes() != *hash {
+    if !is_signed {
         return Err(wrong("its hash does not match".to_owned()));
     }
     if u32::from_le_bytes([*l0, *l1, *l2, *l3]) as usize != body.len() || format != FORMAT {
@@ -321,12 +340,16 @@ impl LsmEngine {
     pub(crate) fn checkpoint_observed(&self, into: &Path, linked: impl FnOnce()) -> Result<Checkpoint, EngineError> {
         let began = tokio::time::Instant::now();
         let result = self.checkpoint_and_release(into, linked);
+        if let Err(error) = &result {
+            self.inner.suffer(Stage::Checkpoint, error);
+        }
         self.inner.note("checkpoint", began, result)
     }
 
     fn checkpoint_and_release(&self, into: &Path, linked: impl FnOnce()) -> Result<Checkpoint, EngineError> {
         let failed = |e| EngineError::io("checkpoint", e);
         self.inner.check()?;
+        self.inner.step("checkpoint", "checkpoint.begin")?;
         folder::create_synced(&into.join(TABLES)).map_err(failed)?;
         // No flush changes the manifest while this is held, so rows and applied state agree.
         let persisted = lock(&self.inner.persisted);
@@ -338,6 +361,7 @@ impl LsmEngine {
         }
         drop(persisted);
         linked();
+        self.inner.step("checkpoint", "checkpoint.linked")?;
 
         let mut files = Vec::with_capacity(tables.len() + 2);
         for (name, bytes) in [(CURRENT.to_owned(), &current), (format!("v{}", pinned.manifest_id), &manifest)] {
@@ -350,18 +374,20 @@ impl LsmEngine {
         folder::sync(&into.join(TABLES)).map_err(failed)?;
         folder::sync(into).map_err(failed)?;
         let body = Body { files, applied };
+        self.inner.step("checkpoint", "checkpoint.manifest")?;
         folder::replace_synced(&into.join(MANIFEST), &encode_manifest(&body)?).map_err(failed)?;
         into.parent().map_or(Ok(()), folder::sync).map_err(failed)?;
+        self.inner.step("checkpoint", "checkpoint.manifest-written")?;
         Ok(Checkpoint::with_body(into, body))
     }
 
     /// The newest version with the bytes of its `current` and manifest, all three of one moment.
-    fn copy_manifest(&self) -> Result<(hidden::PinnedVersion, Vec<u8>, Vec<u8>), EngineError> {
+    pub(crate) fn copy_manifest(&self) -> Result<(hidden::PinnedVersion, Vec<u8>, Vec<u8>), EngineError> {
         for _ in 0..COPY_ATTEMPTS {
             let pinned = caught("checkpoint", || Ok(hidden::pin(&self.inner.tree)))?;
-            let bytes = fs::read(self.inner.dir.join(CURRENT)).map_err(|e| EngineError::io("checkpoint", e))?;
-            let current = Current::parse(&bytes)
-                .map_err(|why| EngineError::damaged("checkpoint", format!("`current`: {why}")))?;
+            let path = self.inner.dir.join(CURRENT);
+            let bytes = fs::read(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?;
+            let current = Current::parse(&bytes).map_err(|why| EngineError::damaged_file("checkpoint", &path, why))?;
             if current.manifest_id != pinned.manifest_id {
                 continue; // a compaction is just replacing it
             }
@@ -369,7 +395,7 @@ impl LsmEngine {
             let manifest = match fs::read(self.inner.dir.join(&name)) {
                 Ok(manifest) => manifest,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(EngineError::io("checkpoint", error)),
+                Err(error) => return Err(EngineError::read("checkpoint", &self.inner.dir.join(&name), error)),
             };
             if xxh3_128(&manifest) != current.manifest_xxh3 {
                 return Err(damaged(&self.inner.dir, &name, "is not what `current` says"));
@@ -379,12 +405,13 @@ impl LsmEngine {
         Err(EngineError::io("checkpoint", io::Error::other(format!("the manifest moved {COPY_ATTEMPTS} times"))))
     }
 
-    /// Each table is read and compared with its hash once per process: it never changes, and a
-    /// checkpoint must not cost a read of the whole tree every time.
+    /// Each table is read from the medium, compared with its hash and synced once per process, before
+    /// the first checkpoint that lists it: the log may be purged behind that one. It never changes
+    /// afterwards, and a checkpoint must not cost a read of the whole tree every time.
     fn list_table(&self, into: &Path, table: &hidden::TableFile) -> Result<CheckpointFile, EngineError> {
         let name = format!("{TABLES}/{}", table.id);
         let path = into.join(&name);
-        let bytes = fs::metadata(&path).map_err(|e| EngineError::io("checkpoint", e))?.len();
+        let bytes = fs::metadata(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?.len();
         let file = CheckpointFile { name, bytes, xxh3: table.xxh3 };
         if !lock(&self.inner.tables_verified).contains(&table.id) {
             verify_file(into, &file)?;

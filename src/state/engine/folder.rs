@@ -6,12 +6,14 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::Xxh3;
 
+use super::error::synced;
+
 /// Read size of hashing and copying, bytes.
 const CHUNK_BYTES: usize = 256 * 1024;
 
 /// Syncs a folder, so that names made or removed in it last.
 pub fn sync(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
+    synced(File::open(folder)?.sync_all())
 }
 
 /// Creates a folder with its parents and syncs the names that were made.
@@ -38,8 +40,12 @@ pub fn replace_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     name.push(".new");
     let temporary = folder.join(name);
     let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
+    if let Err(error) = file.write_all(bytes) {
+        // Best effort: what is half-written is in nobody's way.
+        let _stays = fs::remove_file(&temporary);
+        return Err(error);
+    }
+    synced(file.sync_all())?;
     drop(file);
     fs::rename(&temporary, path)?;
     sync(folder)
@@ -49,7 +55,7 @@ pub fn replace_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
 pub fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
-    file.sync_all()
+    synced(file.sync_all())
 }
 
 /// Hard-links `from` as `to`; copies and syncs when the file system cannot link them.
@@ -66,7 +72,7 @@ pub fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
             ) =>
         {
             fs::copy(from, to)?;
-            File::open(to)?.sync_all()
+            synced(File::open(to)?.sync_all())
         }
         Err(error) => Err(error),
     }

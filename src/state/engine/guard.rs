@@ -6,6 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::EngineError;
+use super::error::says_nothing_about_the_file;
 
 /// Runs `call` and turns an error or a panic into an [`EngineError`].
 pub(crate) fn caught<T>(operation: &'static str, call: impl FnOnce() -> lsm_tree::Result<T>) -> Result<T, EngineError> {
@@ -25,6 +26,20 @@ pub(crate) fn caught<T>(operation: &'static str, call: impl FnOnce() -> lsm_tree
     }
 }
 
+/// [`caught`] for reads: a block or a file that cannot be read is damage too, unless the error is
+/// about this process and not about the file.
+pub(crate) fn caught_read<T>(
+    operation: &'static str,
+    call: impl FnOnce() -> lsm_tree::Result<T>,
+) -> Result<T, EngineError> {
+    caught(operation, call).map_err(|error| match error {
+        EngineError::Io { operation, source } if !says_nothing_about_the_file(&source) => {
+            EngineError::damaged(operation, format!("it cannot be read: {source}"))
+        }
+        other => other,
+    })
+}
+
 fn from_lsm(operation: &'static str, error: lsm_tree::Error) -> EngineError {
     match error {
         // A table or manifest that ends too early is damage, not a failing disk.
@@ -32,6 +47,13 @@ fn from_lsm(operation: &'static str, error: lsm_tree::Error) -> EngineError {
             EngineError::damaged(operation, format!("a file ends too early: {source}"))
         }
         lsm_tree::Error::Io(source) => EngineError::io(operation, source),
+        lsm_tree::Error::InvalidVersion(version) => EngineError::io(
+            operation,
+            std::io::Error::new(
+                std::io::ErrorKind::Unsupported,
+                format!("the tree has format {version}, which this program does not know"),
+            ),
+        ),
         other => EngineError::damaged(operation, format!("{other:?}")),
     }
 }
@@ -44,6 +66,6 @@ mod tests {
     #[test]
     fn a_panic_is_damage() {
         let found = caught("get", || -> lsm_tree::Result<()> { panic!("row {}", 7) });
-        assert!(matches!(found, Err(EngineError::Damaged { operation: "get", detail }) if detail.contains("row 7")));
+        assert!(matches!(found, Err(EngineError::Damaged { operation: "get", what, .. }) if what.contains("row 7")));
     }
 }

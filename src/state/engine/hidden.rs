@@ -3,10 +3,14 @@
 //! They are exempt from the crate's promise of compatibility. The version is pinned exactly, and
 //! the test at the end fails when an upgrade changes what they mean.
 
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use lsm_tree::table::filter::standard_bloom::Builder as BloomBuilder;
 use lsm_tree::{AbstractTree, AnyTree, InternalValue, Memtable, SeqNo, Table};
+
+use super::guard::caught;
 
 /// A table of a pinned version.
 #[derive(Clone, Debug)]
@@ -17,6 +21,10 @@ pub(crate) struct TableFile {
     pub(crate) xxh3: u128,
     pub(crate) bytes: u64,
 }
+
+/// Rows of one table that are looked at for the damaged block of a scan: more than there can be
+/// between the last row that was returned and the one that could not be read, as a rule.
+const LOCATE_ROWS_MAX: usize = 100_000;
 
 /// Keeps a version's tables on the disk for as long as it lives.
 pub(crate) struct PinnedVersion {
@@ -71,6 +79,32 @@ pub(crate) fn pin(tree: &AnyTree) -> PinnedVersion {
         }
     }
     PinnedVersion { manifest_id: version.id(), tables }
+}
+
+/// The table whose damage makes `get` of this key fail; block errors carry no table.
+pub(crate) fn locate_for_key(tree: &AnyTree, key: &[u8]) -> Option<PathBuf> {
+    let hash = BloomBuilder::get_hash(key);
+    pin(tree).tables.iter().find_map(|(_, table)| {
+        let failed = caught("get", || table.get(key, SeqNo::MAX, hash)).is_err();
+        failed.then(|| table.path.as_ref().clone())
+    })
+}
+
+/// The table whose damage makes a scan from here on fail.
+pub(crate) fn locate_for_scan(tree: &AnyTree, from: &Bound<Vec<u8>>) -> Option<PathBuf> {
+    pin(tree).tables.iter().find_map(|(_, table)| {
+        let from = from.as_ref().map(|key| lsm_tree::UserKey::from(key.as_slice()));
+        let failed = caught("scan", || {
+            table.range((from, Bound::Unbounded)).take(LOCATE_ROWS_MAX).try_for_each(|row| row.map(drop))
+        });
+        failed.is_err().then(|| table.path.as_ref().clone())
+    })
+}
+
+/// Tables whose content says another id than their name: files that were exchanged.
+pub(crate) fn misnamed(tree: &AnyTree) -> Option<PathBuf> {
+    let wrong = |table: &Table| table.path.file_name().and_then(|name| name.to_str()) != Some(&table.id().to_string());
+    pin(tree).tables.iter().find(|(_, table)| wrong(table)).map(|(_, table)| table.path.as_ref().clone())
 }
 
 /// Id of the newest version.
@@ -182,6 +216,10 @@ mod tests {
         assert_eq!(1, current.manifest_id);
         let manifest = std::fs::read(dir.path().join("v1")).unwrap();
         assert_eq!(xxh3_128(&manifest), current.manifest_xxh3);
+        let listed = super::super::manifest::tables(&manifest).unwrap();
+        assert_eq!(vec![(table.id, table.xxh3)], listed.iter().map(|t| (t.id, t.xxh3)).collect::<Vec<_>>());
+        assert_eq!(None, misnamed(&tree));
+        assert_eq!(None, locate_for_key(&tree, b"a"));
 
         // The shadowed version of `a` was left out.
         assert_eq!(2, tables.iter().map(|t| t.metadata.item_count).sum::<u64>());

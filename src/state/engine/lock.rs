@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 
 use super::EngineError;
+use super::error::is_full;
 use crate::clock;
 
 /// How often a taken lock is tried again.
@@ -30,6 +31,8 @@ impl FolderLock {
             .truncate(false)
             .write(true)
             .open(&path)
+            // No inode left for the file: the folder itself can be locked as well.
+            .or_else(|error| if is_full(&error) { File::open(folder) } else { Err(error) })
             .map_err(|e| EngineError::io("open", e))?;
         let give_up_at_ms = clock::monotonic_ms().saturating_add(wait_ms);
         loop {

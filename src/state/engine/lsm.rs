@@ -11,7 +11,6 @@
 //! are refused and nothing is flushed, compacted or checkpointed again.
 
 use std::collections::VecDeque;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -24,14 +23,14 @@ use lsm_tree::{AbstractTree, AnyTree, Cache, CompressionType, Config, Descriptor
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub use super::options::{EngineStats, FlushGate, LsmOptions};
+pub use super::options::{EngineStats, FailPoint, FlushGate, LsmOptions};
 
 use super::applied::{APPLIED_KEY, AppliedState};
 use super::guard::caught;
 use super::lock::FolderLock;
 use super::snapshot::{Snapshot, SnapshotTable};
-use super::{EngineError, WriteBatch};
-use super::{background, folder, hidden, precheck};
+use super::{EngineError, ErrorClass, TreeDamage, WriteBatch};
+use super::{background, folder, foreign, hidden, precheck};
 
 /// lsm-tree panics on longer keys.
 pub const KEY_BYTES_MAX: usize = 65_535;
@@ -77,6 +76,9 @@ pub(crate) struct Counters {
     pub(crate) compacted_bytes: AtomicU64,
     pub(crate) compaction_count: AtomicU64,
     pub(crate) disk_full: AtomicBool,
+    pub(crate) compaction_full: AtomicBool,
+    /// A compaction met damage: none is begun any more.
+    pub(crate) compaction_stopped: AtomicBool,
 }
 
 /// Shared by the engine, its threads and its snapshots. Fields drop in this order: the tree before
@@ -109,6 +111,8 @@ pub(crate) struct Inner {
     pub(crate) stop: CancellationToken,
     pub(crate) room: watch::Sender<u64>,
     pub(crate) counters: Counters,
+    /// Files in its folder that are not of it.
+    pub(crate) foreign: Vec<PathBuf>,
     _lock: FolderLock,
     retired: RetiredFolder,
 }
@@ -122,7 +126,7 @@ struct RetiredFolder {
 impl Drop for RetiredFolder {
     fn drop(&mut self) {
         if let Some(dir) = self.dir.get()
-            && let Err(error) = fs::remove_dir_all(dir)
+            && let Err(error) = foreign::remove_tree(dir)
         {
             // The next start removes it: the pointer names another folder.
             tracing::warn!(%error, dir = %dir.display(), "a replaced store could not be removed");
@@ -136,16 +140,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Inner {
-    /// Remembers the first failure for good.
-    pub(crate) fn latch(&self, error: EngineError) -> Arc<EngineError> {
-        let error = Arc::new(error);
-        if self.failed.set(Arc::clone(&error)).is_ok() {
-            tracing::error!(%error, dir = %self.dir.display(), "the store is latched");
-        }
-        self.wake_all();
-        Arc::clone(self.failed.get().unwrap_or(&error))
-    }
-
     pub(crate) fn wake_all(&self) {
         // Each waiter checks its condition under the lock; passing through it loses no wake-up.
         drop(lock(&self.queue));
@@ -153,6 +147,10 @@ impl Inner {
         drop(lock(&self.compaction_wanted));
         self.compaction_woken.notify_all();
         self.room.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.dir.get().is_some()
     }
 
     pub(crate) fn check(&self) -> Result<(), EngineError> {
@@ -200,15 +198,21 @@ impl Drop for Threads {
 impl LsmEngine {
     /// Blocking. Opens or creates the tree in `dir`.
     ///
-    /// Errors: `Damaged` when `current`, the manifest, a table's ends or the applied state are not
-    /// what was written; `Io` when the folder is locked (`ResourceBusy`) or the disk fails.
+    /// Errors, by [`EngineError::class`]: `Damaged` names the file when `current`, the manifest, a
+    /// table or the applied state are missing or not what was written; `Busy`, `Newer`,
+    /// `NotPermitted` are for the operator; `Disk`.
     pub fn open(dir: &Path, options: LsmOptions) -> Result<LsmEngine, EngineError> {
         let began = tokio::time::Instant::now();
         let observer = Arc::clone(&options.observer);
         let result = Self::open_inner(dir, options);
         match &result {
             Ok(_) => observer.operation_done("open", began.elapsed()),
-            Err(error) => observer.operation_failed("open", error),
+            Err(error) => {
+                observer.operation_failed("open", error);
+                if let Some(damage) = TreeDamage::of(error, dir) {
+                    observer.damage_found(&damage);
+                }
+            }
         }
         result
     }
@@ -218,7 +222,29 @@ impl LsmEngine {
         let folder_lock = FolderLock::take(dir, options.lock_timeout_ms)?;
         precheck::make_durable(dir, &precheck::check(dir)?)?;
         let found = precheck::check(dir)?;
+        let foreign = foreign::set_aside(dir).map_err(|e| EngineError::io("open", e))?;
+        if !foreign.is_empty() {
+            tracing::warn!(?foreign, "files that are not of the tree are left alone");
+        }
+        Self::open_checked(dir, options, folder_lock, &found, foreign).map_err(|error| match (&error, &found) {
+            // Whatever lsm-tree stumbled over, the tables say which of them it is.
+            (
+                EngineError::Damaged { file: None, .. } | EngineError::Io { .. },
+                precheck::Found::Tree { tables, .. },
+            ) if !matches!(error.class(), ErrorClass::Full | ErrorClass::Newer | ErrorClass::NotPermitted) => {
+                precheck::find_damaged_table(dir, tables).unwrap_or(error)
+            }
+            _ => error,
+        })
+    }
 
+    fn open_checked(
+        dir: &Path,
+        options: LsmOptions,
+        folder_lock: FolderLock,
+        found: &precheck::Found,
+        foreign: Vec<PathBuf>,
+    ) -> Result<LsmEngine, EngineError> {
         let seqno = SequenceNumberCounter::new(1);
         let visible = SequenceNumberCounter::new(1);
         let tree = caught("open", || {
@@ -229,14 +255,17 @@ impl LsmEngine {
                 .data_block_size_policy(BlockSizePolicy::all(BLOCK_BYTES))
                 .open()
         })?;
-        if let precheck::Found::Tree { manifest_id } = found {
+        if let precheck::Found::Tree { manifest_id, .. } = found {
             let opened = caught("open", || Ok(hidden::manifest_id(&tree)))?;
-            if opened != manifest_id {
+            if opened != *manifest_id {
                 return Err(EngineError::damaged(
                     "open",
                     format!("manifest {manifest_id} was checked and {opened} was opened"),
                 ));
             }
+        }
+        if let Some(table) = caught("open", || Ok(hidden::misnamed(&tree)))? {
+            return Err(EngineError::damaged_file("open", &table, "is another table under this name"));
         }
         // Flushes and compactions take numbers too, so the counter continues behind all of them.
         let next = caught("open", || Ok(tree.get_highest_seqno()))?.map_or(1, |s| s + 1);
@@ -280,6 +309,7 @@ impl LsmEngine {
             stop: CancellationToken::new(),
             room: watch::Sender::new(0),
             counters: Counters::default(),
+            foreign,
             _lock: folder_lock,
             retired: RetiredFolder::default(),
         });
@@ -459,6 +489,11 @@ impl LsmEngine {
             }
             let sealed = lock(&self.inner.queue).sealed.len();
             let runs = caught("put", || Ok(self.inner.tree.l0_run_count())).unwrap_or(0);
+            if runs >= L0_RUNS_STOP && self.inner.counters.compaction_stopped.load(Ordering::Relaxed) {
+                // Nobody will make room before this tree is replaced.
+                self.inner.latch(EngineError::damaged("compact", "compaction met damage, and there is no room left"));
+                return;
+            }
             if sealed < SEALED_STOP && runs < L0_RUNS_STOP {
                 let steps = sealed.saturating_sub(SEALED_SLOW - 1).max(runs.saturating_sub(L0_RUNS_SLOW - 1));
                 if let Ok(steps @ 1..) = u32::try_from(steps) {
@@ -503,7 +538,7 @@ impl LsmEngine {
             compacted_bytes: counters.compacted_bytes.load(Ordering::Relaxed),
             compaction_count: counters.compaction_count.load(Ordering::Relaxed),
             snapshots: inner.snapshots.open_count(),
-            disk_full: counters.disk_full.load(Ordering::Relaxed),
+            disk_full: counters.disk_full.load(Ordering::Relaxed) || counters.compaction_full.load(Ordering::Relaxed),
         })
     }
 
@@ -520,9 +555,19 @@ impl LsmEngine {
         }
     }
 
+    /// The first damage found, by whatever means. Nothing wrong is ever answered; see `damage`.
+    pub fn damage(&self) -> watch::Receiver<Option<TreeDamage>> {
+        self.inner.options.damage.watch()
+    }
+
+    /// Files in the tree's folder that are not of it; they are left alone.
+    pub fn foreign_files(&self) -> &[PathBuf] {
+        &self.inner.foreign
+    }
+
     /// Another tree has taken its place.
     pub(crate) fn is_retired(&self) -> bool {
-        self.inner.retired.dir.get().is_some()
+        self.inner.is_retired()
     }
 
     /// The tree was replaced: its folder is removed once nobody reads it any more.

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use tokio::sync::watch;
 
+use super::damage::DamageBoard;
+pub use super::latch::FailPoint;
 use super::{EngineObserver, NoObserver};
 
 /// Awaited before a memtable that ends with this log index is written to disk: the tree must never
@@ -26,6 +29,12 @@ pub struct LsmOptions {
     pub flush_gate: Option<FlushGate>,
     /// Hears what happens.
     pub observer: Arc<dyn EngineObserver>,
+    /// Changes when an engine opened with these options, or clones of them, latches.
+    pub latches: watch::Sender<u64>,
+    /// Where damage is reported.
+    pub damage: DamageBoard,
+    /// Lets a disk fail at a named step; only tests set it.
+    pub fail_point: Option<FailPoint>,
 }
 
 impl Default for LsmOptions {
@@ -37,6 +46,9 @@ impl Default for LsmOptions {
             lock_timeout_ms: 5_000,
             flush_gate: None,
             observer: Arc::new(NoObserver),
+            latches: watch::Sender::default(),
+            damage: DamageBoard::default(),
+            fail_point: None,
         }
     }
 }

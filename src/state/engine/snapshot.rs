@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use lsm_tree::{AbstractTree, Guard, SeqNo};
 
-use super::guard::caught;
+use super::guard::{caught, caught_read};
+use super::hidden;
 use super::lsm::Inner;
 use super::{EngineError, Row, StateRead};
 
@@ -94,14 +95,22 @@ impl Snapshot {
         Snapshot { engine, seqno: SeqNo::MAX, registered: false }
     }
 
-    fn noted<T>(&self, result: Result<T, EngineError>) -> Result<T, EngineError> {
-        if let Err(error) = &result {
-            let operation = match error {
-                EngineError::Io { operation, .. } | EngineError::Damaged { operation, .. } => operation,
+    /// Counts a failed read; damage gets the name of its table and is told to whoever repairs.
+    fn noted<T>(
+        &self,
+        result: Result<T, EngineError>,
+        locate: impl FnOnce(&Inner) -> Option<std::path::PathBuf>,
+    ) -> Result<T, EngineError> {
+        result.map_err(|error| {
+            let error = match error.is_damage() {
+                // Looking for it reads the same damage: it may panic as well.
+                true => error.in_file(caught("get", || Ok(locate(&self.engine))).ok().flatten()),
+                false => error,
             };
-            self.engine.options.observer.operation_failed(operation, error);
-        }
-        result
+            self.engine.options.observer.operation_failed(error.operation(), &error);
+            self.engine.report(&error);
+            error
+        })
     }
 }
 
@@ -120,12 +129,17 @@ impl std::fmt::Debug for Snapshot {
 }
 
 impl StateRead for Snapshot {
+    fn report_damage(&self, what: &str) {
+        self.engine.report(&EngineError::damaged("get", what));
+    }
+
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
         if key.is_empty() || key.len() > super::lsm::KEY_BYTES_MAX {
             return Ok(None); // no such key can exist
         }
-        let value = caught("get", || self.engine.tree.get(key, self.seqno));
-        Ok(self.noted(value)?.map(|value| Bytes::copy_from_slice(&value)))
+        let value = caught_read("get", || self.engine.tree.get(key, self.seqno));
+        let value = self.noted(value, |engine| hidden::locate_for_key(&engine.tree, key));
+        Ok(value?.map(|value| Bytes::copy_from_slice(&value)))
     }
 
     fn scan<'a>(
@@ -136,10 +150,12 @@ impl StateRead for Snapshot {
         if is_empty_range(from, to) {
             return Box::new(std::iter::empty());
         }
-        let rows = caught("scan", || Ok(self.engine.tree.range::<&[u8], _>((from, to), self.seqno, None)));
-        match self.noted(rows) {
+        let rows = caught_read("scan", || Ok(self.engine.tree.range::<&[u8], _>((from, to), self.seqno, None)));
+        let begin = from.map(<[u8]>::to_vec);
+        match self.noted(rows, |engine| hidden::locate_for_scan(&engine.tree, &begin)) {
             Ok(mut rows) => Box::new(Scan {
                 snapshot: self,
+                at: begin,
                 next: Box::new(move || match rows.next() {
                     None => Ok(None),
                     Some(row) => row.into_inner().map(Some),
@@ -166,6 +182,8 @@ type NextRow = Box<dyn FnMut() -> lsm_tree::Result<Option<lsm_tree::KvPair>>>;
 
 struct Scan<'a> {
     snapshot: &'a Snapshot,
+    /// Where the rows not yet returned begin.
+    at: Bound<Vec<u8>>,
     next: NextRow,
     ended: bool,
 }
@@ -177,8 +195,18 @@ impl Iterator for Scan<'_> {
         if self.ended {
             return None;
         }
-        match self.snapshot.noted(caught("scan", || (self.next)())) {
-            Ok(Some((key, value))) => Some(Ok((Bytes::copy_from_slice(&key), Bytes::copy_from_slice(&value)))),
+        let at = &self.at;
+        let row = caught_read("scan", || (self.next)());
+        match self.snapshot.noted(row, |engine| hidden::locate_for_scan(&engine.tree, at)) {
+            Ok(Some((key, value))) => {
+                if let Bound::Included(last) | Bound::Excluded(last) = &mut self.at {
+                    last.clear();
+                    last.extend_from_slice(&key);
+                } else {
+                    self.at = Bound::Included(key.to_vec());
+                }
+                Some(Ok((Bytes::copy_from_slice(&key), Bytes::copy_from_slice(&value))))
+            }
             Ok(None) => {
                 self.ended = true;
                 None

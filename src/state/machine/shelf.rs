@@ -2,7 +2,7 @@
 //!
 //! Folders are named `{number}-{log index}`; the highest number with a valid manifest counts. An
 //! older one stays only while somebody still reads it, and a folder without a manifest was never
-//! finished.
+//! finished. Whatever has another name is somebody else's and left alone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,10 @@ use std::sync::Mutex;
 
 use crate::state::engine::checkpoint::{Checkpoint, FlushHold, MANIFEST};
 use crate::state::engine::lsm::lock;
-use crate::state::engine::{AppliedState, EngineError, folder};
+use crate::state::engine::{AppliedState, EngineError, folder, foreign};
+
+/// Digits of the number in a folder's name, at least.
+const NUMBER_DIGITS: usize = 8;
 
 pub(super) struct Shelf {
     dir: PathBuf,
@@ -22,6 +25,16 @@ struct Inner {
     number_next: u64,
 }
 
+/// Blocking, changes nothing. The newest checkpoint whose manifest reads well and whose files are
+/// there. Their contents are not compared; see [`Checkpoint::verify_blocking`].
+pub fn newest_checkpoint(data_dir: &Path) -> Option<Checkpoint> {
+    let entries = fs::read_dir(data_dir.join("checkpoint")).into_iter().flatten().flatten();
+    let mut found: Vec<(u64, PathBuf)> =
+        entries.filter_map(|entry| Some((number_of(&entry.file_name().to_string_lossy())?, entry.path()))).collect();
+    found.sort();
+    found.into_iter().rev().find_map(|(_, path)| Checkpoint::load(&path).ok())
+}
+
 impl Shelf {
     /// Blocking. Removes what was never finished and what is superseded.
     pub(super) fn open(data_dir: &Path) -> Result<Shelf, EngineError> {
@@ -31,7 +44,8 @@ impl Shelf {
         let mut found = Vec::new();
         for entry in fs::read_dir(&dir).map_err(failed)? {
             let entry = entry.map_err(failed)?;
-            if let Some(number) = number_of(&entry.file_name().to_string_lossy()) {
+            let is_dir = entry.file_type().map_err(failed)?.is_dir();
+            if let Some(number) = number_of(&entry.file_name().to_string_lossy()).filter(|_| is_dir) {
                 found.push((number, entry.path()));
             }
         }
@@ -40,7 +54,7 @@ impl Shelf {
         let mut newest: Option<Checkpoint> = None;
         for (_, path) in found.into_iter().rev() {
             if newest.is_some() || !path.join(MANIFEST).exists() {
-                folder::remove(&path).map_err(failed)?;
+                foreign::remove_tree(&path).map_err(failed)?;
                 continue;
             }
             match Checkpoint::load(&path) {
@@ -52,6 +66,19 @@ impl Shelf {
             }
         }
         Ok(Shelf { dir, inner: Mutex::new(Inner { newest, number_next }) })
+    }
+
+    /// Blocking. What is in the folder and is no checkpoint, and what is in the newest one and not of it.
+    pub(super) fn foreign_files(&self) -> Vec<PathBuf> {
+        let mut found = foreign::list(&self.dir, |name| number_of(name).is_some()).unwrap_or_default();
+        if let Some(newest) = self.newest() {
+            let is_its =
+                |name: &str| name == MANIFEST || name == "tables" || newest.files().iter().any(|f| f.name == name);
+            found.extend(foreign::list(newest.dir(), is_its).unwrap_or_default());
+            let is_table = |name: &str| newest.files().iter().any(|f| f.name == format!("tables/{name}"));
+            found.extend(foreign::list(&newest.dir().join("tables"), is_table).unwrap_or_default());
+        }
+        found
     }
 
     pub(super) fn newest(&self) -> Option<Checkpoint> {
@@ -93,7 +120,7 @@ impl Shelf {
                 format!("it ends with {:?}, not {:?}", checkpoint.applied().log_id, applied.log_id),
             )),
             Err(error) => {
-                if let Err(left) = folder::remove(&dir) {
+                if let Err(left) = foreign::remove_tree(&dir) {
                     tracing::warn!(error = %left, "an unfinished checkpoint stays until the next start");
                 }
                 match self.newest().filter(|_| error.is_disk_full() || engine.is_retired()) {
@@ -125,6 +152,16 @@ impl Shelf {
         Ok(self.put(adopted))
     }
 
+    /// Nobody gets this one any more. False when another one has taken its place already.
+    pub(super) fn condemn(&self, dir: &Path) -> bool {
+        let mut inner = lock(&self.inner);
+        let is_newest = inner.newest.as_ref().is_some_and(|newest| newest.dir() == dir);
+        if is_newest {
+            inner.newest = None;
+        }
+        is_newest
+    }
+
     fn next_dir(&self, applied: &AppliedState) -> PathBuf {
         let mut inner = lock(&self.inner);
         let number = inner.number_next;
@@ -149,5 +186,7 @@ impl Shelf {
 }
 
 fn number_of(name: &str) -> Option<u64> {
-    name.split_once('-')?.0.parse().ok()
+    let (number, index) = name.split_once('-')?;
+    let is_digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    (number.len() >= NUMBER_DIGITS && is_digits(number) && is_digits(index)).then(|| number.parse().ok())?
 }

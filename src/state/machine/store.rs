@@ -18,7 +18,8 @@ use std::sync::Mutex;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::state::engine::lsm::lock;
-use crate::state::engine::{EngineError, folder};
+use crate::state::engine::precheck::{self, Found};
+use crate::state::engine::{EngineError, folder, foreign, replace};
 
 const POINTER: &str = "active";
 const POINTER_BYTES: usize = 24;
@@ -49,29 +50,45 @@ impl StoreFolder {
         let numbers = present(&dir).map_err(failed)?;
         let highest = numbers.iter().max().copied().unwrap_or(0);
         let active = match fs::read(dir.join(POINTER)) {
-            Ok(bytes) => parse_pointer(&bytes)
-                .ok_or_else(|| EngineError::damaged("open", format!("{} is damaged", dir.join(POINTER).display())))?,
+            Ok(bytes) => parse_pointer(&bytes).ok_or_else(|| {
+                let why = format!("is not what its hash says ({} bytes)", bytes.len());
+                EngineError::damaged_file("open", &dir.join(POINTER), why)
+            })?,
             // The pointer is older than any tree, so trees without it have lost it.
             Err(error) if error.kind() == io::ErrorKind::NotFound && highest == 0 => {
                 write_pointer(&dir, 1).map_err(failed)?;
                 1
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(EngineError::damaged(
-                    "open",
-                    format!("{} has trees and no file `{POINTER}`", dir.display()),
-                ));
+                return Err(EngineError::damaged_file("open", &dir.join(POINTER), "is missing, and there are trees"));
             }
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(EngineError::read("open", &dir.join(POINTER), error)),
         };
         if highest > 0 && !numbers.contains(&active) {
-            return Err(EngineError::damaged(
-                "open",
-                format!("{} names tree {active}, which is missing", dir.join(POINTER).display()),
-            ));
+            let tree = dir.join(format!("g{active}"));
+            return Err(EngineError::damaged_file("open", &tree, "is the tree that counts, and missing"));
         }
         let next = highest.max(active) + 1;
         Ok(StoreFolder { dir, numbers: Mutex::new(Numbers { active, next }) })
+    }
+
+    /// Blocking, changes nothing. False when no tree was begun in the folder that counts, or no folder
+    /// counts; true too when what is there is damaged.
+    pub(super) fn has_tree(data_dir: &Path) -> Result<bool, EngineError> {
+        let dir = data_dir.join("kv");
+        let number = match fs::read(dir.join(POINTER)) {
+            Ok(bytes) => parse_pointer(&bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return match present(&dir) {
+                    Ok(numbers) => Ok(!numbers.is_empty()),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+                    Err(error) => Err(EngineError::read("open", &dir, error)),
+                };
+            }
+            Err(error) => return Err(EngineError::read("open", &dir.join(POINTER), error)),
+        };
+        let Some(number) = number else { return Ok(true) };
+        precheck::check(&dir.join(format!("g{number}"))).map(|found| found != Found::Nothing)
     }
 
     /// The tree that counts.
@@ -86,7 +103,7 @@ impl StoreFolder {
         let active = lock(&self.numbers).active;
         for number in present(&self.dir).unwrap_or_default() {
             if number != active
-                && let Err(error) = folder::remove(&self.tree(number))
+                && let Err(error) = foreign::remove_tree(&self.tree(number))
             {
                 tracing::warn!(%error, number, "a replaced tree stays");
             }
@@ -112,6 +129,26 @@ impl StoreFolder {
         Ok(())
     }
 
+    /// The file that names the tree that counts.
+    pub(super) fn pointer_path(&self) -> PathBuf {
+        self.dir.join(POINTER)
+    }
+
+    /// What it should hold.
+    pub(super) fn pointer(&self) -> Vec<u8> {
+        replace::pointer(lock(&self.numbers).active)
+    }
+
+    /// Blocking. True when the file holds a sound pointer that is not this one.
+    pub(super) fn pointer_is_another(&self, expected: &[u8]) -> bool {
+        fs::read(self.pointer_path()).is_ok_and(|found| found != expected && parse_pointer(&found).is_some())
+    }
+
+    /// Blocking. What is in the folder and not of it.
+    pub(super) fn foreign_files(&self) -> Vec<PathBuf> {
+        foreign::list(&self.dir, |name| name == POINTER || tree_number(name).is_some()).unwrap_or_default()
+    }
+
     /// True when this many bytes are free, and when nobody can tell.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
         rustix::fs::statvfs(&self.dir).map_or(true, |stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= bytes)
@@ -122,20 +159,24 @@ impl StoreFolder {
     }
 }
 
-fn present(dir: &Path) -> io::Result<Vec<u64>> {
+/// Numbers of the trees in a `kv` folder.
+pub(super) fn present(dir: &Path) -> io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        let number: Option<u64> = name.to_str().and_then(|name| name.strip_prefix('g')?.parse().ok());
-        numbers.extend(number);
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            numbers.extend(tree_number(&entry.file_name().to_string_lossy()));
+        }
     }
     Ok(numbers)
 }
 
+fn tree_number(name: &str) -> Option<u64> {
+    name.strip_prefix('g').filter(|number| foreign::is_number(number))?.parse().ok()
+}
+
 fn write_pointer(dir: &Path, number: u64) -> io::Result<()> {
-    let mut bytes = number.to_le_bytes().to_vec();
-    bytes.extend_from_slice(&xxh3_128(&bytes).to_le_bytes());
-    folder::replace_synced(&dir.join(POINTER), &bytes)
+    folder::replace_synced(&dir.join(POINTER), &replace::pointer(number))
 }
 
 fn parse_pointer(bytes: &[u8]) -> Option<u64> {

@@ -26,7 +26,7 @@ pub enum RecordError {
 
 impl From<RecordError> for crate::state::engine::EngineError {
     fn from(error: RecordError) -> Self {
-        crate::state::engine::EngineError::Damaged { operation: "get", detail: error.to_string() }
+        crate::state::engine::EngineError::damaged("get", error.to_string())
     }
 }
 

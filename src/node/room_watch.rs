@@ -1,0 +1,197 @@
+//! Keeps the disk's state and the admission of commands up to date with the room that there is.
+//!
+//! Every incarnation follows the room of its own folder into the state of its disk. A leader asks the other voters
+//! twice a second, decides with `room` what it takes, and hands leadership over when only it lacks room. A follower
+//! without room stands back in elections for a moment, so that a node with room is elected; if none is, it stands
+//! all the same, because reads need a leader too.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    core::{Core, Role, Shared},
+    handover,
+    room::{self, Admission, Voter},
+    space::{Level, RoomReport},
+    status,
+};
+
+/// How often a leader asks the other voters. They refuse nothing themselves: what comes meanwhile fits below
+/// their low water.
+const ASK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What a voter said holds for this long. Past it the voter counts as silent.
+const WORD_HOLDS: Duration = Duration::from_secs(3);
+
+/// After a move that nobody took part in, the next one.
+const MOVE_AGAIN_AFTER: Duration = Duration::from_secs(10);
+
+/// What got no room although the free space would allow it.
+pub fn blocked(shared: &Shared) -> Option<String> {
+    let engine = shared.core.get()?.state.engine();
+    let waits = engine.stats().is_ok_and(|stats| stats.disk_full);
+    waits.then(|| "the tree waits for room to write its memory to the disk".to_owned())
+}
+
+/// Shows the room of the data folder in the state of the disk, until the incarnation ends.
+pub async fn follow_own(shared: Arc<Shared>) {
+    let mut report = shared.space.report();
+    let mut disk = shared.disk.subscribe();
+    loop {
+        let full = {
+            let report = report.borrow_and_update();
+            let words = || report.shortage.as_ref().map_or_else(|| "no room".to_owned(), ToString::to_string);
+            (report.level != Level::Room).then(words)
+        };
+        shared.disk.send_if_modified(|health| {
+            let next = health.with_room(full.as_deref());
+            let changed = *health != next;
+            *health = next;
+            changed
+        });
+        shared.metrics.set_disk_state(disk.borrow_and_update().state.word());
+        tokio::select! {
+            () = shared.stop.cancelled() => return,
+            changed = report.changed() => if changed.is_err() { return },
+            changed = disk.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Runs until Raft ends here.
+pub async fn run(shared: Arc<Shared>) {
+    let Some(core) = shared.core.get() else { return };
+    let watcher = Watcher { shared: &shared, core, heard: BTreeMap::new(), move_from: Instant::now() };
+    shared.core_stop.run_until_cancelled(watcher.run()).await;
+}
+
+type Answers = Vec<(u64, Option<RoomReport>)>;
+type Pending<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
+
+struct Watcher<'a> {
+    shared: &'a Shared,
+    core: &'a Core,
+    /// What each voter said last, and when; `None` before its first word.
+    heard: BTreeMap<u64, (Option<RoomReport>, Instant)>,
+    /// No move before this.
+    move_from: Instant,
+}
+
+impl Watcher<'_> {
+    async fn run(mut self) {
+        let shared = self.shared;
+        let mut report = shared.space.report();
+        let mut view = shared.view.subscribe();
+        let mut asking: Pending<'_, Answers> = None;
+        let mut moving: Pending<'_, bool> = None;
+        let mut ask_at = Instant::now();
+        let mut leaderless_since = None;
+        // As long as an election with everybody well may take.
+        let stand_back = Duration::from_millis(shared.config.cluster.election_max_ms.saturating_mul(2));
+        loop {
+            let own = report.borrow_and_update().clone();
+            let (leads, has_leader, voters) = {
+                let view = view.borrow_and_update();
+                let own_id = shared.local.load().node_id;
+                let voters: Vec<u64> = view.membership.voter_ids().filter(|id| *id != own_id).collect();
+                (view.role == Role::Leader, view.leader.is_some(), voters)
+            };
+            if !leads {
+                self.heard.clear();
+                ask_at = Instant::now();
+            }
+            let now = Instant::now();
+            let others: Vec<Voter> = voters.iter().map(|id| self.voter(*id, now)).collect();
+            if leads && moving.is_none() && now >= self.move_from && room::wants_to_move(&own, &others) {
+                moving = Some(Box::pin(handover::hand_over_for_room(shared, self.core)));
+            }
+            let admission =
+                if leads { Admission::decide(&own, &others, moving.is_some()) } else { Admission::default() };
+            self.publish(admission);
+            leaderless_since = if has_leader { None } else { leaderless_since.or(Some(now)) };
+            let stands_from = leaderless_since.map(|since| since + stand_back);
+            let stands_back = own.level != Level::Room && !leads && stands_from.is_none_or(|from| now < from);
+            self.stand_for_election(!stands_back);
+
+            tokio::select! {
+                changed = report.changed() => if changed.is_err() { return },
+                changed = view.changed() => if changed.is_err() { return },
+                answers = end_of(&mut asking) => {
+                    asking = None;
+                    self.note(answers);
+                }
+                moved = end_of(&mut moving) => {
+                    moving = None;
+                    if !moved {
+                        self.move_from = Instant::now() + MOVE_AGAIN_AFTER;
+                    }
+                }
+                () = sleep_until(ask_at), if leads && asking.is_none() => {
+                    ask_at = Instant::now() + ASK_INTERVAL;
+                    asking = Some(Box::pin(ask(shared, voters)));
+                }
+                () = sleep_until(stands_from.unwrap_or(now)), if stands_back && stands_from.is_some() => {}
+            }
+        }
+    }
+
+    fn voter(&self, id: u64, now: Instant) -> Voter {
+        match self.heard.get(&id) {
+            None => Voter::NotAsked,
+            Some((Some(report), at)) if now.duration_since(*at) <= WORD_HOLDS => Voter::Said(report.clone()),
+            Some(_) => Voter::Silent,
+        }
+    }
+
+    fn note(&mut self, answers: Answers) {
+        let now = Instant::now();
+        for (id, answer) in answers {
+            match answer {
+                Some(report) => drop(self.heard.insert(id, (Some(report), now))),
+                // What it said before holds on for a while: a lost message is no outage.
+                None => drop(self.heard.entry(id).or_insert((None, now))),
+            }
+        }
+    }
+
+    fn publish(&self, admission: Admission) {
+        self.shared.admission.send_if_modified(|known| {
+            if **known == admission {
+                return false;
+            }
+            *known = Arc::new(admission);
+            true
+        });
+    }
+
+    /// Only ever gives back what this task has taken away: a node that leaves stands for nothing.
+    fn stand_for_election(&self, stands: bool) {
+        let leaves = self.shared.leaving.load(Ordering::Relaxed);
+        self.core.raft.runtime_config().elect(stands && !leaves);
+    }
+}
+
+async fn end_of<T>(pending: &mut Pending<'_, T>) -> T {
+    match pending {
+        Some(future) => future.as_mut().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn ask(shared: &Shared, voters: Vec<u64>) -> Answers {
+    let membership = Arc::clone(&shared.view.borrow().membership);
+    let asked = voters.into_iter().filter_map(|id| Some((id, membership.get_node(&id)?.peer_addr.clone())));
+    let asked = asked.map(|(id, addr)| async move {
+        let answer = status::ask_status(shared, id, &addr).await;
+        (id, answer.ok().map(|status| status.room))
+    });
+    join_all(asked).await
+}

@@ -1,0 +1,27 @@
+//! Runs the scrubber for as long as the node runs.
+
+use std::sync::Arc;
+
+use super::core::Shared;
+use crate::metrics::Metrics;
+use crate::state::engine::scrub::{RealClock, Scrubber};
+
+/// Scrubs until the node stops; nothing when the key says so.
+pub async fn run(shared: Arc<Shared>) {
+    let Some(core) = shared.core.get() else { return };
+    let bytes_per_s = shared.config.storage.scrub_mb_per_s.saturating_mul(1024 * 1024);
+    if bytes_per_s == 0 {
+        return;
+    }
+    let mut scrubber = Scrubber::new(
+        &shared.config.node.data_dir,
+        core.state.scrub_sources(),
+        bytes_per_s,
+        Arc::<Metrics>::clone(&shared.metrics),
+        Arc::new(RealClock),
+        shared.stop.clone(),
+    );
+    if let Err(error) = tokio::task::spawn_blocking(move || scrubber.run()).await {
+        tracing::error!(%error, "the scrubber has died of a defect; nothing else depends on it");
+    }
+}

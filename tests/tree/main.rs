@@ -1,0 +1,13 @@
+//! The tree when its files are not what was written, when its disk fails or is full, and when it is replaced.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout)]
+
+mod damage;
+mod foreign;
+mod full;
+mod latch;
+mod random;
+mod rebuild;
+mod replace;
+mod scrub;
+mod support;

@@ -220,7 +220,7 @@ impl DiskFile for LogFile {
         self.disk.change(SYNC, &self.name, never, || self.file.sync_data())
     }
 
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
+    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_uncached_at(buf, offset)
     }
 }

@@ -132,11 +132,13 @@ impl WalReader {
             index,
             "{unreadable}: asking for a copy"
         );
+        // What it is known here in full: no anchor is needed to tell it from others.
         let question = EntryQuestion {
             index,
             term: Some(unreadable.term),
             payload_crc: Some(unreadable.payload_crc),
             header_crc: None,
+            anchor: None,
             durable: index < self.shared.flushed_end(),
             anchor: None,
         };

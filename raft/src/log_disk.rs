@@ -219,8 +219,4 @@ impl DiskFile for LogFile {
     fn sync_data(&self) -> io::Result<()> {
         self.disk.change(SYNC, &self.name, never, || self.file.sync_data())
     }
-
-    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_uncached_at(buf, offset)
-    }
 }

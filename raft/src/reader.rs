@@ -138,7 +138,6 @@ impl WalReader {
             term: Some(unreadable.term),
             payload_crc: Some(unreadable.payload_crc),
             header_crc: None,
-            anchor: None,
             durable: index < self.shared.flushed_end(),
             anchor: None,
         };

@@ -361,9 +361,6 @@ impl DiskFile for PanicFile {
     fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.under.read_uncached_at(buf, offset)
     }
-    fn drop_cache(&self) -> io::Result<()> {
-        self.under.drop_cache()
-    }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.under.write_at(buf, offset)
     }

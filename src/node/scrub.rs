@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
+
 use super::core::Shared;
 use crate::metrics::Metrics;
 use crate::state::engine::scrub::{RealClock, Scrubber};
@@ -13,15 +15,31 @@ pub async fn run(shared: Arc<Shared>) {
     if bytes_per_s == 0 {
         return;
     }
+    let stop = shared.core_stop.child_token();
     let mut scrubber = Scrubber::new(
         &shared.config.node.data_dir,
         core.state.scrub_sources(),
         bytes_per_s,
         Arc::<Metrics>::clone(&shared.metrics),
         Arc::new(RealClock),
-        shared.stop.clone(),
+        stop.clone(),
     );
-    if let Err(error) = tokio::task::spawn_blocking(move || scrubber.run()).await {
-        tracing::error!(%error, "the scrubber has died of a defect; nothing else depends on it");
+    // A thread of its own, not one of the runtime's: it lives as long as the node, it may hang with its disk, and a
+    // runtime that ends waits for its own. It is told to end when nobody waits for it any more.
+    let _ends_with_this_task = stop.drop_guard();
+    let (done, ended) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("scrub".into()).spawn(move || {
+        scrubber.run();
+        drop(scrubber);
+        // Nobody waits when the runtime has ended.
+        let _ = done.send(());
+    });
+    match thread {
+        Ok(_detached) => {
+            if ended.await.is_err() {
+                tracing::error!("the scrubber has died of a defect; nothing else depends on it");
+            }
+        }
+        Err(error) => tracing::error!(%error, "the scrubber has got no thread; nothing is scrubbed"),
     }
 }

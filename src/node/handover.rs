@@ -32,6 +32,9 @@ use super::{
 const HAND_OVER_MAX: Duration = Duration::from_secs(3);
 /// How long a voter may take to say where its log ends. The gap in writes grows by this when one of them is gone too.
 const LOG_END_MAX: Duration = Duration::from_millis(50);
+/// How long the others may take to give up the lease before the heir is named. It needs the vote of one of them, and a
+/// vote that is refused because of the lease costs an election.
+const TOLD_MAX: Duration = Duration::from_millis(50);
 
 /// Hands over before a planned stop, if this node leads, and takes no leadership from then on. Returns once another
 /// leader is known here, or the time is over.
@@ -107,6 +110,7 @@ pub async fn bequeath(shared: &Shared, last: &RaftMetrics<TypeConfig>) {
     let began = Instant::now();
     let mut view = shared.view.subscribe();
     for heir in heirs(shared, last).await {
+        tracing::info!(heir = heir.name, end = ?heir.end, "naming the next leader");
         let request = TransferLeaderRequest::new(last.vote, heir.id, heir.matched);
         match name_heir(shared, last, &request).await {
             Ok(()) => {
@@ -215,7 +219,7 @@ enum Refused {
     Other(String),
 }
 
-/// Sends the request to every other voter; the answer of the named one counts.
+/// Tells the other voters, which then give up the dead leader's lease, and then the heir, whose answer counts.
 async fn name_heir(
     shared: &Shared,
     last: &RaftMetrics<TypeConfig>,
@@ -224,24 +228,21 @@ async fn name_heir(
     let heir = *request.to_node_id();
     let limit = Duration::from_millis(shared.config.cluster.election_min_ms);
     let body = pack(request).map_err(|e| Refused::Other(e.to_string()))?;
-    // The others first: they would refuse their votes while the dead leader's lease holds.
     let (heirs, others): (Vec<_>, Vec<_>) = voters(last).into_iter().partition(|(id, _, _)| *id == heir);
-    let mut answer = None;
-    for (id, name, addr) in others.into_iter().chain(heirs) {
-        match shared.peers.to(id, &addr, Lane::Control).send(Kind::TransferLeader.number(), body.clone()) {
-            Ok(pending) if id == heir => answer = Some(pending),
-            Ok(pending) => {
-                tokio::spawn(async move {
-                    if let Err(error) = pending.wait(limit).await {
-                        tracing::info!(name, %error, "a voter did not hear that leadership is to move");
-                    }
-                });
+    let (_, _, addr) = heirs.into_iter().next().ok_or_else(|| Refused::Other("it is no voter".into()))?;
+    let told = others.into_iter().map(|(id, name, addr)| {
+        let body = body.clone();
+        async move {
+            let peer = shared.peers.to(id, &addr, Lane::Control);
+            if let Err(error) = peer.call(Kind::TransferLeader.number(), body, TOLD_MAX).await {
+                tracing::info!(name, %error, "a voter did not hear that leadership is to move");
             }
-            Err(error) => tracing::info!(name, %error, "a voter cannot be told that leadership is to move"),
         }
-    }
-    let Some(answer) = answer else { return Err(Refused::Other("it cannot be reached".into())) };
-    let answer = answer.wait(limit).await.map_err(|e| Refused::Other(e.to_string()))?;
+    });
+    join_all(told).await;
+    let peer = shared.peers.to(heir, &addr, Lane::Control);
+    let answer = peer.call(Kind::TransferLeader.number(), body, limit).await;
+    let answer = answer.map_err(|e| Refused::Other(e.to_string()))?;
     let response: TransferLeaderResponse<TypeConfig> = unpack(&answer).map_err(|e| Refused::Other(e.to_string()))?;
     response.map_err(|error| match error {
         TransferLeaderError::VoteChanged { .. } => Refused::Newer(error.to_string()),

@@ -23,7 +23,7 @@ use stemedb::{
     },
     state::command::{CommandKey, KeySource, Operation, Outcome},
 };
-use stemedb_raft::disk::{RealDisk, sim::SimDisk};
+use stemedb_raft::disk::sim::SimDisk;
 use tokio::net::TcpListener;
 use uuid::Uuid;
 

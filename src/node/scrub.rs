@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
-
 use super::core::Shared;
 use crate::metrics::Metrics;
 use crate::state::engine::scrub::{RealClock, Scrubber};
@@ -15,31 +13,28 @@ pub async fn run(shared: Arc<Shared>) {
     if bytes_per_s == 0 {
         return;
     }
-    let stop = shared.core_stop.child_token();
     let mut scrubber = Scrubber::new(
         &shared.config.node.data_dir,
         core.state.scrub_sources(),
         bytes_per_s,
         Arc::<Metrics>::clone(&shared.metrics),
         Arc::new(RealClock),
-        stop.clone(),
+        shared.stop.clone(),
     );
-    // A thread of its own, not one of the runtime's: it lives as long as the node, it may hang with its disk, and a
-    // runtime that ends waits for its own. It is told to end when nobody waits for it any more.
-    let _ends_with_this_task = stop.drop_guard();
-    let (done, ended) = oneshot::channel();
+    // A thread of its own: it waits for most of its life, and a runtime that ends waits for its blocking tasks.
+    let (ended, end) = tokio::sync::oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("scrub".into()).spawn(move || {
         scrubber.run();
-        drop(scrubber);
-        // Nobody waits when the runtime has ended.
-        let _ = done.send(());
+        drop((scrubber, ended));
     });
     match thread {
-        Ok(_detached) => {
-            if ended.await.is_err() {
+        Ok(_ends_by_itself) => {
+            // Nothing is ever sent: the sender goes when the thread has let go of the files.
+            let _gone = end.await;
+            if !shared.stop.is_cancelled() {
                 tracing::error!("the scrubber has died of a defect; nothing else depends on it");
             }
         }
-        Err(error) => tracing::error!(%error, "the scrubber has got no thread; nothing is scrubbed"),
+        Err(error) => tracing::error!(%error, "the scrubber could not be started"),
     }
 }

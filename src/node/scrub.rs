@@ -19,7 +19,7 @@ pub async fn run(shared: Arc<Shared>) {
         bytes_per_s,
         Arc::<Metrics>::clone(&shared.metrics),
         Arc::new(RealClock),
-        shared.stop.clone(),
+        shared.core_stop.clone(),
     );
     // A thread of its own: it waits for most of its life, and a runtime that ends waits for its blocking tasks.
     let (ended, end) = tokio::sync::oneshot::channel::<()>();
@@ -31,7 +31,7 @@ pub async fn run(shared: Arc<Shared>) {
         Ok(_ends_by_itself) => {
             // Nothing is ever sent: the sender goes when the thread has let go of the files.
             let _gone = end.await;
-            if !shared.stop.is_cancelled() {
+            if !shared.core_stop.is_cancelled() {
                 tracing::error!("the scrubber has died of a defect; nothing else depends on it");
             }
         }

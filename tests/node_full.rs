@@ -93,7 +93,7 @@ impl Cluster {
             config.cluster.peers = peers.clone();
             config.cluster.bootstrap_expect = 3;
             let space = Arc::<Told>::clone(&disks[i]);
-            let ground = Ground { peer_listener: Some(listener), disk: RealDisk::new(), space, ..Ground::default() };
+            let ground = Ground { peer_listener: Some(listener), space, ..Ground::default() };
             nodes.push(Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap());
         }
         let cluster = Cluster { _dir: dir, nodes, disks };

@@ -63,6 +63,8 @@ async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
     let (mut nodes, mut addrs) = (Vec::new(), Vec::new());
     for (i, (peer, http)) in listeners.into_iter().enumerate() {
         let mut config = Config::default();
+        // A test needs no reserve for a full disk, and there are many nodes at once.
+        config.storage.ballast_mb = 0;
         config.node.name = peers[i].name.clone();
         config.node.data_dir = dir.path().join(&peers[i].name);
         config.cluster.peers = peers.clone();

@@ -34,6 +34,8 @@ const ELECTION_MS: (u64, u64) = (600, 1_200);
 
 fn config(dir: &Path, peers: &[PeerEntry], i: usize, election_ms: (u64, u64)) -> Arc<Config> {
     let mut config = Config::default();
+    // A test needs no reserve for a full disk, and there are many nodes at once.
+    config.storage.ballast_mb = 0;
     config.node.name = peers[i].name.clone();
     config.node.data_dir = dir.join(&peers[i].name);
     config.cluster.peers = peers.to_vec();

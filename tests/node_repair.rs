@@ -44,6 +44,8 @@ impl Cluster {
 
     async fn start_on(&self, i: usize, listener: TcpListener) -> Result<Arc<Node>, StartError> {
         let mut config = Config::default();
+        // A test needs no reserve for a full disk, and there are many nodes at once.
+        config.storage.ballast_mb = 0;
         config.node.name = self.peers[i].name.clone();
         config.node.data_dir = self.dir.path().join(&self.peers[i].name);
         config.cluster.peers = self.peers.clone();

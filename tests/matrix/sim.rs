@@ -82,6 +82,8 @@ impl Cluster {
 
     fn config(&self, i: usize) -> Arc<Config> {
         let mut config = Config::default();
+        // A test needs no reserve for a full disk, and there are many nodes at once.
+        config.storage.ballast_mb = 0;
         config.node.name = self.peers[i].name.clone();
         config.node.data_dir = self.folder(i);
         config.http.listen = self.peers[i].http.clone();

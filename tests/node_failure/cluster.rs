@@ -54,6 +54,8 @@ impl Cluster {
         let mut cluster = Cluster { _dir: dir, peers, http: vec![], nodes: vec![], disks, stop, serving: vec![] };
         for (i, (peer, http)) in listeners.into_iter().enumerate() {
             let mut config = Config::default();
+            // A test needs no reserve for a full disk, and there are many nodes at once.
+            config.storage.ballast_mb = 0;
             config.node.name = cluster.peers[i].name.clone();
             config.node.data_dir = cluster._dir.path().join(&cluster.peers[i].name);
             config.cluster.peers = cluster.peers.clone();

@@ -53,6 +53,8 @@ impl Cluster {
 
     async fn start(&self, i: usize, listener: TcpListener) -> Result<Arc<Node>, StartError> {
         let mut config = Config::default();
+        // A test needs no reserve for a full disk, and there are many nodes at once.
+        config.storage.ballast_mb = 0;
         config.node.name = self.peers[i].name.clone();
         config.node.data_dir = self.folder(i);
         config.cluster.peers = self.peers.clone();

@@ -81,17 +81,24 @@ impl Cluster {
     }
 }
 
-async fn until(what: &str, condition: impl AsyncFn() -> bool) {
+async fn until_or(condition: impl AsyncFn() -> bool) -> bool {
     let wait = async {
         while !condition().await {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(HANG, wait).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+    tokio::time::timeout(HANG, wait).await.is_ok()
 }
 
+async fn until(what: &str, condition: impl AsyncFn() -> bool) {
+    assert!(until_or(condition).await, "waited in vain for {what}");
+}
+
+/// Waits until all are ready; what a node says instead is in the panic.
 async fn all_ready(nodes: &[Arc<Node>]) {
-    until("readiness", async || nodes.iter().all(|node| node.is_ready().is_ok())).await;
+    let ready = until_or(async || nodes.iter().all(|node| node.is_ready().is_ok())).await;
+    let said = || nodes.iter().map(|node| (node.is_ready(), node.health())).collect::<Vec<_>>();
+    assert!(ready, "{:#?}", said());
 }
 
 async fn write(node: &Node, n: u128) {
@@ -132,7 +139,7 @@ async fn a_damaged_log_is_repaired_by_the_others_before_raft_starts() {
     drop(down);
     assert!(cluster.damage(0, |_| true) > 3, "nothing was damaged");
     let back = cluster.restart(0).await.unwrap();
-    until("the repaired node", async || back.is_ready().is_ok()).await;
+    all_ready(&[Arc::clone(&back)]).await;
     assert_eq!(back.health().status, "ok");
     for n in 1..=20 {
         assert!(has(&back, n).await, "write {n} is gone");

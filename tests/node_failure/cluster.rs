@@ -56,6 +56,8 @@ impl Cluster {
             let mut config = Config::default();
             // A test needs no reserve for a full disk, and there are many nodes at once.
             config.storage.ballast_mb = 0;
+            // The rebuild that follows is for `tests/rebuild`: here a failed node stays what it is.
+            config.cluster.auto_rebuild = false;
             config.node.name = cluster.peers[i].name.clone();
             config.node.data_dir = cluster._dir.path().join(&cluster.peers[i].name);
             config.cluster.peers = cluster.peers.clone();

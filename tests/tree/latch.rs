@@ -114,9 +114,9 @@ async fn a_checkpoint_is_given_up_for_room_and_latches_for_everything_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_in_the_background_goes_on_by_itself_when_there_is_room_again() {
     let dir = tempfile::tempdir().unwrap();
-    closed(dir.path(), 1_200, None).await;
+    closed(dir.path(), 600, None).await;
     let before = tables(dir.path()).len();
-    assert!(before >= 4, "{before} tables");
+    assert!((4..16).contains(&before), "{before} tables: none has been compacted yet, and there is something to do");
     let (fail_point, asked) = fails("compact.tables", 1, libc::ENOSPC);
     let lsm = LsmOptions { compaction: true, fail_point: Some(fail_point), ..options() };
     let machine = open_with(dir.path(), lsm).unwrap();
@@ -130,5 +130,5 @@ async fn compaction_in_the_background_goes_on_by_itself_when_there_is_room_again
     while handle.engine().stats().unwrap().disk_full {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    assert_eq!(rows_after(1_200).await, rows(&handle).unwrap());
+    assert_eq!(rows_after(600).await, rows(&handle).unwrap());
 }

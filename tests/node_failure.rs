@@ -30,7 +30,7 @@ fn assert_silent(cluster: &Cluster, node: usize) {
 async fn fails_under_load(of_leader: bool, breaks: impl Fn(&Cluster, usize)) {
     let cluster = Cluster::start().await;
     let load = cluster.load(12);
-    cluster.acknowledged(&load, 300).await;
+    cluster.acknowledged(&load, 60).await;
     let leader = cluster.leader().await;
     let node = if of_leader { leader } else { (leader + 1) % 3 };
     let at_us = load.recorder().now_us();
@@ -41,7 +41,7 @@ async fn fails_under_load(of_leader: bool, breaks: impl Fn(&Cluster, usize)) {
         assert!(cluster.nodes[leader].is_leader_with_quorum(), "the failure of a follower moves nothing");
     }
     // Through all three nodes, the failed one as well.
-    cluster.acknowledged(&load, 600).await;
+    cluster.acknowledged(&load, 120).await;
     let history = load.stop().await;
     let gap = stemedb::judge::longest_gap_touching(&history.acknowledged_us(), at_us, at_us + 1_000_000);
     eprintln!("gap in writes: {} ms", gap.length_us() / 1_000);
@@ -114,20 +114,20 @@ async fn a_vote_that_cannot_be_saved_leaves_two_nodes_that_go_on() {
 async fn a_stall_of_the_leader_that_ends_in_time() {
     let cluster = Cluster::start().await;
     let load = cluster.load(12);
-    cluster.acknowledged(&load, 300).await;
+    cluster.acknowledged(&load, 60).await;
     let leader = cluster.leader().await;
     let at_us = load.recorder().now_us();
     cluster.disks[leader].hang_sync("segment.0");
     cluster.until("the stall", || cluster.nodes[leader].health().disk.state == DiskState::Stalled).await;
     assert_silent(&cluster, leader);
     cluster.until("another leader", || cluster.leads_elsewhere(leader)).await;
-    cluster.acknowledged(&load, 600).await;
+    cluster.acknowledged(&load, 120).await;
     assert_eq!(cluster.nodes[leader].health().status, "stalled");
     cluster.disks[leader].release();
     cluster.until("readiness", || cluster.nodes[leader].is_ready().is_ok()).await;
     assert_eq!(cluster.nodes[leader].health().disk.state, DiskState::Ok);
     cluster.until("its Raft", || cluster.nodes[leader].health().role == "follower").await;
-    cluster.acknowledged(&load, 300).await;
+    cluster.acknowledged(&load, 60).await;
     let history = load.stop().await;
     let gap = stemedb::judge::longest_gap_touching(&history.acknowledged_us(), at_us, at_us + 3_000_000);
     eprintln!("gap in writes: {} ms", gap.length_us() / 1_000);
@@ -148,11 +148,11 @@ async fn a_stall_of_a_follower_moves_nothing_and_its_clients_notice_nothing() {
     let leader = cluster.leader().await;
     let follower = (leader + 1) % 3;
     let load = cluster.load(12);
-    cluster.acknowledged(&load, 300).await;
+    cluster.acknowledged(&load, 60).await;
     cluster.disks[follower].hang_sync("segment.0");
     cluster.until("the stall", || cluster.nodes[follower].health().disk.state == DiskState::Stalled).await;
     assert_silent(&cluster, follower);
-    cluster.acknowledged(&load, 600).await;
+    cluster.acknowledged(&load, 120).await;
     assert!(cluster.nodes[leader].is_leader_with_quorum());
     // It must not inherit either: the only other one does.
     cluster.nodes[leader].hand_over().await;

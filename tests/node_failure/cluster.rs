@@ -18,7 +18,7 @@ use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 /// Far above what any condition needs; only a hang ends a test by this.
-pub const HANG: Duration = Duration::from_secs(60);
+pub const HANG: Duration = Duration::from_secs(240);
 
 pub struct Cluster {
     _dir: tempfile::TempDir,

@@ -122,9 +122,17 @@ async fn write(node: &Node, n: u128) {
     .await;
 }
 
+/// Whether a node shows a write. A read that finds no leader is repeated: only an answer counts.
 async fn has(node: &Node, n: u128) -> bool {
-    let Ok(view) = node.read(Consistency::Linearizable).await else { return false };
-    view.assertion(Uuid::from_u128(n)).unwrap().is_some()
+    let read = async {
+        loop {
+            match node.read(Consistency::Linearizable).await {
+                Ok(view) => return view.assertion(Uuid::from_u128(n)).unwrap().is_some(),
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    };
+    tokio::time::timeout(HANG, read).await.expect("a read is never answered")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

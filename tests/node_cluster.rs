@@ -36,6 +36,8 @@ fn config(dir: &Path, peers: &[PeerEntry], i: usize, election_ms: (u64, u64)) ->
     let mut config = Config::default();
     // A test needs no reserve for a full disk, and there are many nodes at once.
     config.storage.ballast_mb = 0;
+    // A busy machine is not a hanging disk.
+    (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
     config.node.name = peers[i].name.clone();
     config.node.data_dir = dir.join(&peers[i].name);
     config.cluster.peers = peers.to_vec();

@@ -70,6 +70,8 @@ fn config(dir: &Path, name: &str) -> Config {
     config.wal.segment_size_mb = 1;
     config.storage.low_water_mb = 100;
     config.storage.ballast_mb = 0;
+    // A busy machine is not a hanging disk.
+    (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
     config.cluster.heartbeat_ms = 100;
     config.cluster.election_min_ms = 600;
     config.cluster.election_max_ms = 1_200;

@@ -16,6 +16,8 @@ async fn node(dir: &tempfile::TempDir) -> Arc<Node> {
     let mut config = Config::default();
     // A test needs no reserve for a full disk, and there are many nodes at once.
     config.storage.ballast_mb = 0;
+    // A busy machine is not a hanging disk.
+    (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
     config.node.data_dir = dir.path().to_path_buf();
     config.cluster.peer_listen = Some("127.0.0.1:0".into());
     let node = Node::start(Arc::new(config), Arc::new(Metrics::new())).await.unwrap();

@@ -36,6 +36,8 @@ pub async fn start_with(change: impl FnOnce(&mut Config)) -> Served {
     let mut config = Config::default();
     // A test needs no reserve for a full disk, and there are many nodes at once.
     config.storage.ballast_mb = 0;
+    // A busy machine is not a hanging disk.
+    (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
     config.node.data_dir = folder.path().to_path_buf();
     config.http.listen = "127.0.0.1:0".into();
     config.cluster.peer_listen = Some("127.0.0.1:0".into());

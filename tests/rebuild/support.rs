@@ -55,6 +55,8 @@ impl Cluster {
         let mut config = Config::default();
         // A test needs no reserve for a full disk, and there are many nodes at once.
         config.storage.ballast_mb = 0;
+        // A busy machine is not a hanging disk.
+        (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
         config.node.name = self.peers[i].name.clone();
         config.node.data_dir = self.folder(i);
         config.cluster.peers = self.peers.clone();

@@ -32,6 +32,8 @@ pub struct Config {
     pub wal: WalSection,
     /// The tree that holds the applied state.
     pub storage: StorageSection,
+    /// Rebuilding this node from a replica.
+    pub rebuild: RebuildSection,
     /// Backups. Read and checked only: nothing makes backups yet.
     pub backup: BackupSection,
     /// The program's own log.
@@ -90,6 +92,15 @@ pub struct ClusterSection {
     pub park_commands_max: usize,
     /// Most bytes of parked commands.
     pub park_bytes_max: usize,
+    /// An operation of the disk that takes longer makes the node give leadership away and answer through others,
+    /// milliseconds.
+    pub stall_handoff_ms: u64,
+    /// One that takes longer makes it close its listeners and connections for good, milliseconds.
+    pub stall_fence_ms: u64,
+    /// 99th percentile of the log's syncs above which the disk counts as slow, milliseconds.
+    pub slow_fsync_ms: u64,
+    /// Whether this node rebuilds itself from a replica when its disk fails or its files are lost.
+    pub auto_rebuild: bool,
 }
 
 /// One node of `[[cluster.peers]]`.
@@ -144,6 +155,15 @@ pub struct StorageSection {
     pub low_water_mb: u64,
     /// Most space kept in reserve for a full disk, MiB; never more than 1 % of the disk. 0: none.
     pub ballast_mb: u64,
+}
+
+/// `[rebuild]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RebuildSection {
+    /// Most MB (10^6 bytes) a second that are fetched while the sender serves clients; 0: no limit.
+    pub throttle_mb_per_s: u64,
+    /// Days after which files in the quarantine go; `None`: never.
+    pub quarantine_days: Option<u32>,
 }
 
 /// `[backup]`
@@ -251,6 +271,10 @@ impl Default for ClusterSection {
             request_deadline_ms: 10_000,
             park_commands_max: 10_000,
             park_bytes_max: 64 * 1024 * 1024,
+            stall_handoff_ms: 500,
+            stall_fence_ms: 10_000,
+            slow_fsync_ms: 100,
+            auto_rebuild: true,
         }
     }
 }
@@ -282,6 +306,12 @@ impl Default for StorageSection {
             low_water_mb: 0,
             ballast_mb: 1024,
         }
+    }
+}
+
+impl Default for RebuildSection {
+    fn default() -> Self {
+        RebuildSection { throttle_mb_per_s: 64, quarantine_days: Some(14) }
     }
 }
 

@@ -3,6 +3,7 @@
 //! `api` takes requests, `node` composes Raft, log, state and network, `state` applies what was
 //! committed, `store_helpers` is how requests read. `cli` and `judge` are the programs around them.
 
+pub mod admin;
 pub mod allocator;
 pub mod api;
 pub mod cli;

@@ -8,6 +8,7 @@
 mod disk;
 pub mod observers;
 mod process;
+mod rebuild;
 mod register;
 mod service;
 mod storage;
@@ -18,11 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{Registry, TextEncoder};
 
-pub use service::RaftFigures;
+pub use rebuild::RebuildFigures;
+pub use service::{DISK_STATES, RaftFigures};
 pub use storage::TreeFigures;
 
 use disk::DiskMetrics;
 use process::Process;
+use rebuild::RebuildMetrics;
 use register::Register;
 use service::ServiceMetrics;
 use storage::StorageMetrics;
@@ -36,6 +39,7 @@ pub struct Metrics {
     storage: StorageMetrics,
     disk: DiskMetrics,
     service: ServiceMetrics,
+    rebuild: RebuildMetrics,
     before_scrape: Mutex<Option<Hook>>,
 }
 
@@ -49,13 +53,14 @@ impl Metrics {
         let storage = StorageMetrics::new(&mut register);
         let disk = DiskMetrics::new(&mut register);
         let service = ServiceMetrics::new(&mut register);
+        let rebuild = RebuildMetrics::new(&mut register);
         register
             .gauges("stemedb_build_info", "Version of the program; always 1.", &["version"])
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .set(1);
         register.collector(Process::names(), Process::new());
         let Register { registry, names } = register;
-        Metrics { registry, names, wal, storage, disk, service, before_scrape: Mutex::new(None) }
+        Metrics { registry, names, wal, storage, disk, service, rebuild, before_scrape: Mutex::new(None) }
     }
 
     /// Runs `hook` at the beginning of each scrape; it may call the `set_…` functions and must not

@@ -14,7 +14,16 @@ use stemedb::cli::http_client::{Call, Client, Endpoint, HttpError};
 use stemedb::cli::local_cluster::free_port;
 use stemedb::judge;
 
-const DEADLINE: Duration = Duration::from_secs(60);
+/// Far above what anything here takes; only a hang ends a test by this.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// For the nodes, which inherit them: on a slow machine neither elections by overload nor deadlines are wanted here.
+const PATIENT: [(&str, &str); 4] = [
+    ("STEMEDB_CLUSTER_HEARTBEAT_MS", "100"),
+    ("STEMEDB_CLUSTER_ELECTION_MIN_MS", "600"),
+    ("STEMEDB_CLUSTER_ELECTION_MAX_MS", "1200"),
+    ("STEMEDB_CLUSTER_REQUEST_DEADLINE_MS", "60000"),
+];
 
 /// A running `stemedb dev --json`, killed when dropped.
 struct Dev {
@@ -28,6 +37,7 @@ impl Dev {
         let mut child = Command::new(env!("CARGO_BIN_EXE_stemedb"))
             .args(["dev", "--json", "--nodes", &nodes.to_string(), "--port", &port.to_string(), "--data"])
             .arg(data)
+            .envs(PATIENT)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

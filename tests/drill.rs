@@ -12,6 +12,9 @@ fn killing_the_leader_loses_nothing_and_survivors_see_no_error() {
     eprintln!("drill: {rounds} rounds, {clients} clients (20 and 64 with STEMEDB_TEST_FULL=1)");
     let output = Command::new(env!("CARGO_BIN_EXE_stemedb"))
         .args(["drill", "--kind", "kill", "--json", "--rounds", rounds, "--clients", clients])
+        // The nodes inherit these. Elections by overload are not what is tested here, and a client waits 15 s.
+        .envs([("STEMEDB_CLUSTER_HEARTBEAT_MS", "100"), ("STEMEDB_CLUSTER_REQUEST_DEADLINE_MS", "14000")])
+        .envs([("STEMEDB_CLUSTER_ELECTION_MIN_MS", "600"), ("STEMEDB_CLUSTER_ELECTION_MAX_MS", "1200")])
         .stdin(Stdio::null())
         .output()
         .unwrap();

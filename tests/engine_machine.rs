@@ -40,6 +40,7 @@ impl EntryApplier for Counting {
     fn apply(
         &mut self,
         read: &dyn StateRead,
+        _: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError> {
         self.log_time_ms = self.log_time_ms.max(body.log_time_ms);

@@ -67,6 +67,7 @@ async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
         config.node.data_dir = dir.path().join(&peers[i].name);
         config.cluster.peers = peers.clone();
         config.cluster.bootstrap_expect = 3;
+        config.cluster.auto_rebuild = false;
         config.cluster.heartbeat_ms = 100;
         config.cluster.election_min_ms = 600;
         config.cluster.election_max_ms = 1_200;

@@ -40,6 +40,8 @@ fn config(dir: &Path, peers: &[PeerEntry], i: usize, election_ms: (u64, u64)) ->
     config.cluster.bootstrap_expect = u32::try_from(peers.len()).unwrap();
     config.wal.segment_size_mb = 1;
     config.wal.retain_mb = 1;
+    // What happens then is for `tests/rebuild`.
+    config.cluster.auto_rebuild = false;
     config.cluster.heartbeat_ms = 100;
     (config.cluster.election_min_ms, config.cluster.election_max_ms) = election_ms;
     // However slow the machine is, a command gets its outcome.

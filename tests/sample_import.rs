@@ -11,7 +11,7 @@ use stemedb::cli::http_client::{Client, Endpoint};
 use stemedb::cli::local_cluster::{LocalCluster, NodePlan, free_port, plan};
 use stemedb::cli::status;
 
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(120);
 const SLICE_PACKAGES: usize = 2000;
 
 /// The index as NDJSON. A machine without one (no `apt-get update` yet) gets packages of the same shape.

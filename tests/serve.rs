@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use stemedb::cli::local_cluster::{LocalCluster, NodePlan, free_port, plan};
 
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(120);
 
 fn serve(program: &str, args: &[&str]) -> (i32, String) {
     let mut command = Command::new(program);

@@ -22,6 +22,21 @@ pub struct FoundFile {
 /// Held while a folder is in use; dropping it, or the death of the process, releases the folder.
 pub trait FolderLock: Send + Sync {}
 
+/// How much room a file system has.
+///
+/// Not seen here: user and group quotas, which the file system tells nobody in advance, and thin volumes or sparse
+/// images that have promised more than they have. The first shows when a reservation fails, the second as a failed
+/// write. A project quota (XFS, ext4) is seen, since the file system answers for the folder as if it ended there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that a process without privileges may still take.
+    pub bytes_free: u64,
+    /// Bytes in all.
+    pub bytes_total: u64,
+    /// Files that a process without privileges may still make; `u64::MAX` where the file system has no such limit.
+    pub inodes_free: u64,
+}
+
 /// A file system. Names become durable by [`Disk::sync_dir`] only.
 pub trait Disk: Send + Sync + 'static {
     /// Makes the folder and its parents.
@@ -38,6 +53,8 @@ pub trait Disk: Send + Sync + 'static {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the names in the folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Room on the file system that holds the folder.
+    fn space(&self, dir: &Path) -> io::Result<Space>;
     /// Takes the folder for this process alone; `WouldBlock` when another one has it.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>>;
 }
@@ -54,11 +71,19 @@ pub trait DiskFile: Send + Sync {
     /// Writes all of `buf`.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
     /// Makes the file at least that long, zeros where nothing was written, and takes the space for it. An error
-    /// leaves nothing behind but the file: only here does a full disk mean no more than that it is full.
+    /// leaves nothing behind but the file: only here, and in [`Disk::create`], does a full disk mean no more than
+    /// that it is full (see [`is_full`]). A write or a sync that finds no room has failed like any other.
     fn reserve(&self, bytes: u64) -> io::Result<()>;
     /// Makes the written bytes durable. After an error nothing is known of them, and calling it
     /// again would lie.
     fn sync_data(&self) -> io::Result<()>;
+    /// Asks that the next read come from the disk and not from the page cache. Advice: dirty pages stay.
+    fn drop_cache(&self) -> io::Result<()>;
+}
+
+/// Whether a reservation, or the making of a file, failed for want of room or quota.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Reads a whole file into a buffer that is used again and again.

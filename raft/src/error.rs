@@ -21,6 +21,55 @@ impl From<Latched> for io::Error {
     }
 }
 
+/// An entry of the log that was there and cannot be read: the disk answers with an error, or with something else.
+/// Readers of entries find it inside the `io::Error` by [`EntryUnreadable::of`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("WAL {segment} corrupt at byte {offset}: entry {index}: {what}")]
+pub struct EntryUnreadable {
+    /// Index of the entry.
+    pub index: u64,
+    /// Its term.
+    pub term: u64,
+    /// CRC-32 of its payload.
+    pub payload_crc: u32,
+    /// File name of the segment.
+    pub segment: String,
+    /// Where its frame begins in the segment.
+    pub offset: u64,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl EntryUnreadable {
+    /// The entry that an error of a reader is about; `None` when it is about none.
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+impl From<EntryUnreadable> for Damage {
+    fn from(entry: EntryUnreadable) -> Self {
+        Self { segment: entry.segment, offset: Some(entry.offset), index: entry.index, what: entry.what }
+    }
+}
+
+/// Why a damaged place was not written again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RepairError {
+    /// The log does not hold it any more: purged or truncated.
+    #[error("the log has no entry or segment {0} any more")]
+    Gone(u64),
+    /// The copy is of another entry. Nothing was written.
+    #[error("the copy is not entry {0} of this log")]
+    OtherEntry(u64),
+    /// Both copies of the segment's header are damaged: no single entry repairs that.
+    #[error("both copies of the header of segment {0} are damaged")]
+    HeaderLost(u64),
+    /// The disk failed, now or before.
+    #[error(transparent)]
+    Latched(#[from] Latched),
+}
+
 /// One place of the log that is not as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {

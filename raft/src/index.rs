@@ -202,6 +202,22 @@ impl LogIndex {
         })
     }
 
+    /// Where the live entries of a segment lie that is not the last one.
+    pub fn sealed(&self, number: u64) -> Option<(Arc<dyn DiskFile>, Vec<OnDisk>)> {
+        let at = self.segments.iter().position(|s| s.number == number)?;
+        let segment = self.segments.get(at).filter(|_| at + 1 < self.segments.len())?;
+        let (name, purged_end) = (segment.name(), self.purged_end());
+        let live = (segment.first_index..).zip(&segment.entries).filter(|(index, _)| *index >= purged_end);
+        let on_disk = live.map(|(index, located)| OnDisk {
+            file: Arc::clone(&segment.file),
+            segment: name.clone(),
+            identity: segment.identity,
+            index,
+            located: *located,
+        });
+        Some((Arc::clone(&segment.file), on_disk.collect()))
+    }
+
     /// Makes an entry readable before it is written. Entries come without gaps.
     pub fn push(&mut self, entry: Entry, bytes: usize) {
         let index = entry.log_id.index();

@@ -12,15 +12,19 @@
 //! holes; a group never straddles segments; a mark promises only what was synced; nothing at or
 //! below the highest promise is ever cut. `docs/wal-format.md` has the bytes and the table.
 
+pub mod clock;
 pub mod codec;
 pub mod disk;
 pub mod entry;
 pub mod error;
 pub mod frame;
 pub mod group;
+pub mod handle;
 pub mod hard_state;
 pub mod index;
+pub mod io_times;
 mod joined;
+pub mod log_disk;
 mod mend;
 pub mod open;
 pub mod options;
@@ -30,6 +34,7 @@ pub mod reader;
 pub mod recovery;
 pub mod repair;
 pub mod scan;
+pub mod scrub;
 pub mod segment;
 pub mod shared;
 pub mod source;
@@ -38,11 +43,14 @@ pub mod tool;
 pub mod types;
 pub mod writer;
 
-pub use error::{Latched, OpenError};
+pub use error::{Damage, EntryUnreadable, Latched, OpenError, RepairError};
+pub use handle::LogRoom;
+pub use io_times::{FsyncFigures, IoInFlight, IoTimes};
 pub use open::RecoveryReport;
-pub use options::WalOptions;
+pub use options::{Pace, WalOptions};
 pub use pending::PendingLog;
-pub use repair::{Electorate, EntryAnswer, EntryCopy, EntryQuestion, LostLog};
+pub use repair::{Electorate, EntryAnswer, EntryCopy, EntryHealer, EntryQuestion, LostLog};
+pub use scrub::{SealedSegment, SegmentCheck};
 pub use shared::{NoObserver, WalObserver};
 pub use source::EntrySource;
 pub use store::{OpenStep, WalHandle, WalStore};

@@ -104,10 +104,7 @@ fn place_run<'a>(log: &Joined, run: &Run<'a>, end: u64) -> Option<Vec<Place<'a>>
     let detail = log.details.get(owner)?;
     let first = run.copies.first()?;
     let mut at = match first.index.checked_sub(1).filter(|previous| *previous >= detail.header.first_index) {
-        Some(previous) => match log.located(previous) {
-            Some((_, located)) => Some(end_of(&located)),
-            None => None,
-        },
+        Some(previous) => log.located(previous).map(|(_, located)| end_of(&located)),
         None => Some(data_offset(detail.header.rows)),
     };
     let mut placed = Vec::new();
@@ -231,8 +228,6 @@ fn write_places(looked: &mut Looked, places: &[Place<'_>]) -> io::Result<()> {
                 found.header_crc = Some(link);
             }
             last.stale.clear();
-            // It is full of what was missing: the log goes on in a new one.
-            last.scan.tail_clean = false;
         }
     }
     Ok(())

@@ -2,7 +2,23 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use crate::shared::{NoObserver, WalObserver};
+use crate::{
+    io_times::IoTimes,
+    shared::{NoObserver, WalObserver},
+};
+
+/// When the log does what nobody asked for: preparing segments, marking what is durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Beside the writer, and when it is idle.
+    Background,
+    /// Only while something else is done, on the writer's thread, and without marks of an idle writer. The order of
+    /// all changes on the disk then depends on nothing but what was asked: a simulation's seed is a whole story.
+    Lockstep,
+}
+
+/// Makes identities of segments.
+pub type Identities = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// How a log is kept.
 #[derive(Clone)]
@@ -19,6 +35,15 @@ pub struct WalOptions {
     pub tail_cache_bytes: usize,
     /// Told of syncs and rotations.
     pub observer: Arc<dyn WalObserver>,
+    /// Where operations of the disk are seen while they run: one for the whole process.
+    pub io_times: Arc<IoTimes>,
+    /// How long a full segment waits for room for the next one before the log latches. Nothing was written then,
+    /// so it may take its time: but votes wait too.
+    pub room_patience: Duration,
+    /// When the log does what nobody asked for.
+    pub pace: Pace,
+    /// Random numbers, or a seed's.
+    pub identities: Identities,
 }
 
 impl WalOptions {
@@ -31,6 +56,10 @@ impl WalOptions {
             group_commit_max_bytes: 4 << 20,
             tail_cache_bytes: 16 << 20,
             observer: Arc::new(NoObserver),
+            io_times: Arc::default(),
+            room_patience: Duration::from_secs(10),
+            pace: Pace::Background,
+            identities: Arc::new(rand::random),
         }
     }
 }

@@ -165,6 +165,9 @@ impl PendingLog {
     /// Whether a copy continues the entry before it here; `None` when that one is not known here or there.
     fn continues(&self, copy: &EntryCopy) -> Option<bool> {
         let Some(previous) = copy.index.checked_sub(1) else { return Some(true) };
+        if copy.committed && previous < self.looked.log.committed_end {
+            return Some(true);
+        }
         let purged = self.looked.hard.purged.filter(|id| id.index() == previous);
         let here = match purged {
             Some(id) => EntryId { index: previous, term: term_of(&id), payload_crc: None },
@@ -202,6 +205,10 @@ impl PendingLog {
             }
             (Some(term), None) if term != copy.term => return Vote::Never,
             _ => {}
+        }
+        // Of each index only one entry is ever committed.
+        if copy.committed && copy.index < self.looked.log.committed_end {
+            return vote(Proof::Same);
         }
         if self.is_linked(copy) {
             return vote(Proof::Same);
@@ -443,17 +450,21 @@ impl PendingLog {
             );
             return self.apply_cut_by_tool(first);
         }
-        let Some(bad) = self.looked.log.bad(first) else {
-            return Err(self.into_error());
-        };
+        Err(self.refusal())
+    }
+
+    /// The refusal of a node that has nobody to ask, with the command that gives the damaged entries up.
+    pub fn refusal(&self) -> OpenError {
+        let first = self.needs.first().copied().unwrap_or_default();
+        let what = self.damage.first().map(ToString::to_string).unwrap_or_default();
+        let Some(bad) = self.looked.log.bad(first) else { return OpenError::Refuse(what) };
         let name = crate::index::segment_name(bad.segment);
         let command = repair_command(&self.options, &self.looked, bad);
-        let what = self.damage.first().map(ToString::to_string).unwrap_or_default();
-        Err(OpenError::Refuse(format!(
+        OpenError::Refuse(format!(
             "{what}. This is the only voter, so nobody can give it back. Entry {first} and all behind it will be lost, and \
              some of them may have been acknowledged. To give them up: {command}; then put the output in the place of \
              {name} (keep the old file), and start again"
-        )))
+        ))
     }
 
     fn apply_cut_by_tool(self, end: u64) -> Result<Step, OpenError> {

@@ -1,25 +1,34 @@
 //! Reading entries: the newest from memory, older ones from their segments.
 //!
 //! Every frame read is verified again: a disk that has rotted since the start answers with an error
-//! that names segment and offset, never with other data. Reads are `pread`s and no memory maps, so
-//! that a failing disk is an error here and no signal that ends the process.
+//! that names segment and offset ([`EntryUnreadable`]), never with other data. Reads are `pread`s and no memory
+//! maps, so that a failing disk is an error here and no signal that ends the process. What Raft reads is healed
+//! first where the node knows how: a replica's copy takes the place of the damaged entry, here and on the disk.
 
 use std::{
+    collections::BTreeMap,
     fmt::Debug,
     io,
     ops::{Bound, RangeBounds},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use bytes::{Bytes, BytesMut};
 use openraft::RaftLogReader;
 
+use tokio::sync::oneshot;
+
 use crate::{
     entry,
+    error::EntryUnreadable,
     frame::{FRAME_HEADER_BYTES, FrameHeader, frame_bytes, payload_crc},
     index::{Located, Lookup, OnDisk},
+    io_times::IoTimes,
+    repair::EntryQuestion,
     shared::Shared,
+    store::Inner,
     types::{Entry, LogId, TypeConfig, Vote},
+    writer::Job,
 };
 
 /// One replication message carries at most this many bytes of entries, unless one entry is larger:
@@ -33,6 +42,8 @@ const READ_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone)]
 pub struct WalReader {
     pub(crate) shared: Arc<Shared>,
+    /// Readers do not keep the log open.
+    pub(crate) log: Weak<Inner>,
 }
 
 enum Piece {
@@ -46,12 +57,15 @@ fn end_of(on_disk: &OnDisk) -> u64 {
 
 impl WalReader {
     /// Entries of `[start, end)`, as many as exist, stopping before `bytes_max` but after the first.
-    fn collect(&self, start: u64, end: u64, bytes_max: u64) -> Vec<Piece> {
+    fn collect(&self, start: u64, end: u64, bytes_max: u64, healed: &BTreeMap<u64, Entry>) -> Vec<Piece> {
         let index = self.shared.index();
         let mut pieces: Vec<Piece> = Vec::new();
         let mut bytes = 0;
         for at in start.max(index.first())..end.min(index.end()) {
-            let Some(found) = index.lookup(at) else { break };
+            let Some(mut found) = index.lookup(at) else { break };
+            if let Some(entry) = healed.get(&at).filter(|e| index.log_id_at(at) == Some(e.log_id)) {
+                found = Lookup::Cached(entry.clone());
+            }
             bytes += match &found {
                 Lookup::Cached(entry) => entry_bytes(entry),
                 Lookup::OnDisk(on_disk) => u64::from(on_disk.located.payload_bytes),
@@ -78,18 +92,70 @@ impl WalReader {
         self.shared.index().log_id_at(index)
     }
 
-    /// Reads entries without holding the lock across I/O.
+    /// Reads entries without holding the lock across I/O. An entry that cannot be read is an [`EntryUnreadable`].
     pub fn read(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
-        read_pieces(self.collect(start, end, bytes_max))
+        read_pieces(self.collect(start, end, bytes_max, &BTreeMap::new()), &self.shared.io_times)
     }
 
-    /// The same for an async caller: a disk that hangs must not take a thread that heartbeats need.
-    async fn read_async(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
-        let pieces = self.collect(start, end, bytes_max);
-        if pieces.iter().all(|piece| matches!(piece, Piece::Cached(_))) {
-            return read_pieces(pieces);
+    /// The same for an async caller: a disk that hangs must not take a thread that heartbeats need. Heals what it
+    /// can.
+    pub async fn read_async(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
+        let mut healed = BTreeMap::new();
+        loop {
+            let pieces = self.collect(start, end, bytes_max, &healed);
+            let shared = Arc::clone(&self.shared);
+            let read = if pieces.iter().all(|piece| matches!(piece, Piece::Cached(_))) {
+                read_pieces(pieces, &shared.io_times)
+            } else {
+                let read = tokio::task::spawn_blocking(move || read_pieces(pieces, &shared.io_times));
+                read.await.map_err(io::Error::other)?
+            };
+            let Err(error) = read else { return read };
+            let Some(unreadable) = EntryUnreadable::of(&error).filter(|e| !healed.contains_key(&e.index)).cloned()
+            else {
+                return Err(error);
+            };
+            match self.heal(&unreadable).await {
+                Some(entry) => healed.insert(unreadable.index, entry),
+                None => return Err(error),
+            };
         }
-        tokio::task::spawn_blocking(move || read_pieces(pieces)).await.map_err(io::Error::other)?
+    }
+
+    /// A replica's copy of an entry that cannot be read, checked; and asks the writer to put it in its place.
+    async fn heal(&self, unreadable: &EntryUnreadable) -> Option<Entry> {
+        let healer = self.shared.healer()?;
+        let index = unreadable.index;
+        tracing::warn!(
+            segment = unreadable.segment,
+            offset = unreadable.offset,
+            index,
+            "{unreadable}: asking for a copy"
+        );
+        let question = EntryQuestion {
+            index,
+            term: Some(unreadable.term),
+            payload_crc: Some(unreadable.payload_crc),
+            header_crc: None,
+            durable: index < self.shared.flushed_end(),
+            anchor: None,
+        };
+        let copy = healer.heal(question).await?;
+        let Some(Lookup::OnDisk(on_disk)) = self.shared.index().lookup_located(index) else {
+            return None;
+        };
+        if !copy.is_of(index, &on_disk.located) {
+            tracing::warn!(index, term = copy.term, "the copy of a damaged entry is of another entry");
+            return None;
+        }
+        let entry = entry::decode(copy.kind()?, copy.term, index, copy.payload.clone());
+        let entry = entry.inspect_err(|error| tracing::warn!(index, %error, "the copy cannot be decoded")).ok()?;
+        if let Some(log) = self.log.upgrade() {
+            // The reader has what it needs; whether the disk takes it shows in the log of the program, or latches.
+            let (reply, _nobody_waits) = oneshot::channel();
+            let _gone = log.jobs.send(Job::Repair(copy, reply));
+        }
+        Some(entry)
     }
 }
 
@@ -111,55 +177,71 @@ fn continues(run: &[OnDisk], next: &OnDisk) -> bool {
     }
 }
 
-fn read_pieces(pieces: Vec<Piece>) -> io::Result<Vec<Entry>> {
+fn read_pieces(pieces: Vec<Piece>, io_times: &IoTimes) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for piece in pieces {
         match piece {
             Piece::Cached(entry) => entries.push(entry),
-            Piece::Run(run) => read_run(&run, &mut entries)?,
+            Piece::Run(run) => read_run(&run, io_times, &mut entries)?,
         }
     }
     Ok(entries)
 }
 
-fn read_run(run: &[OnDisk], entries: &mut Vec<Entry>) -> io::Result<()> {
+fn read_run(run: &[OnDisk], io_times: &IoTimes, entries: &mut Vec<Entry>) -> io::Result<()> {
     let (Some(first), Some(last)) = (run.first(), run.last()) else {
         return Ok(());
     };
     let start = u64::from(first.located.offset);
     let len = usize::try_from(end_of(last) - start).map_err(io::Error::other)?;
     let mut buf = BytesMut::zeroed(len);
-    let read = first.file.read_at(&mut buf, start)?;
-    buf.truncate(read);
+    let read = {
+        let _seen = io_times.enter("read", &first.segment, false);
+        first.file.read_at(&mut buf, start)
+    };
+    match read {
+        Ok(read) => buf.truncate(read),
+        // One of them cannot be read: which?
+        Err(_) if run.len() > 1 => {
+            for one in run {
+                read_run(std::slice::from_ref(one), io_times, entries)?;
+            }
+            return Ok(());
+        }
+        Err(error) => return Err(unreadable(first, &format!("it cannot be read: {error}"))),
+    }
     let buf = buf.freeze();
     for on_disk in run {
         let at = usize::try_from(u64::from(on_disk.located.offset) - start).map_err(io::Error::other)?;
-        entries.push(verify(on_disk, &buf.slice(at.min(buf.len())..))?);
+        let verified = verify(on_disk, &buf.slice(at.min(buf.len())..));
+        entries.push(verified.map_err(|what| unreadable(on_disk, &what))?);
     }
     Ok(())
 }
 
-fn verify(on_disk: &OnDisk, bytes: &Bytes) -> io::Result<Entry> {
-    let damaged = |what: &str| {
-        let OnDisk { segment, located, index, .. } = on_disk;
-        let text = format!("WAL {segment} corrupt at byte {}: entry {index}: {what}", located.offset);
-        io::Error::new(io::ErrorKind::InvalidData, text)
-    };
-    let (header, _) =
-        FrameHeader::decode(bytes, on_disk.identity).map_err(|_| damaged("the frame header does not verify"))?;
+pub(crate) fn unreadable(on_disk: &OnDisk, what: &str) -> io::Error {
+    let Located { term, offset, payload_crc, .. } = on_disk.located;
+    let (index, segment, offset) = (on_disk.index, on_disk.segment.clone(), u64::from(offset));
+    let error = EntryUnreadable { index, term, payload_crc, segment, offset, what: what.to_owned() };
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// The entry, when the bytes are its frame; else what is wrong with them.
+pub(crate) fn verify(on_disk: &OnDisk, bytes: &Bytes) -> Result<Entry, String> {
+    let (header, _) = FrameHeader::decode(bytes, on_disk.identity).map_err(|_| "the frame header does not verify")?;
     let Located { term, payload_crc: located_crc, .. } = on_disk.located;
     if header.index != on_disk.index || header.term != term || header.payload_crc != located_crc {
-        return Err(damaged("another entry's frame lies there"));
+        return Err("another entry's frame lies there".into());
     }
     let end = FRAME_HEADER_BYTES + header.payload_bytes as usize;
     if bytes.len() < end {
-        return Err(damaged("the file is shorter than the frame"));
+        return Err("the file is shorter than the frame".into());
     }
     let payload = bytes.slice(FRAME_HEADER_BYTES..end);
     if payload_crc(&payload) != header.payload_crc {
-        return Err(damaged("the payload does not verify"));
+        return Err("the payload does not verify".into());
     }
-    entry::decode(header.kind, header.term, header.index, payload).map_err(|e| damaged(&e.to_string()))
+    entry::decode(header.kind, header.term, header.index, payload).map_err(|e| e.to_string())
 }
 
 fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {

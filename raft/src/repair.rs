@@ -4,7 +4,7 @@
 //! it is *this* entry; whoever answers *never* says that no promise of his stands behind it. `docs/wal-format.md` has
 //! the same rules, with the reasons why nothing acknowledged can be lost by them.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, future::Future, pin::Pin};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::Damage,
     frame::{EntryKind, payload_crc},
+    index::Located,
 };
 
 /// What is asked about one damaged entry.
@@ -77,10 +78,25 @@ impl EntryCopy {
         EntryKind::of(self.kind)
     }
 
+    /// Whether this is the entry at `index` that was located so: term, length and payload checksum agree.
+    pub fn is_of(&self, index: u64, located: &Located) -> bool {
+        self.index == index
+            && self.term == located.term
+            && self.payload.len() as u64 == u64::from(located.payload_bytes)
+            && payload_crc(&self.payload) == located.payload_crc
+    }
+
     /// Its identity, from its own bytes.
     pub fn id(&self) -> EntryId {
         EntryId { index: self.index, term: self.term, payload_crc: Some(payload_crc(&self.payload)) }
     }
+}
+
+/// Finds entries that cannot be read while the log runs; set by the node, which asks its peers.
+pub trait EntryHealer: Send + Sync + 'static {
+    /// A copy of the entry, `None` when nobody has one. It is checked before it is used. May take its time: what
+    /// reads the log waits, and the Raft core goes on meanwhile.
+    fn heal(&self, question: EntryQuestion) -> Pin<Box<dyn Future<Output = Option<EntryCopy>> + Send + '_>>;
 }
 
 /// Why a node never had an entry.
@@ -149,7 +165,8 @@ pub enum Proof {
     /// It continues the entry before it; nothing is known of the entry itself, nor of any behind it.
     Continues,
     /// Term, index and payload checksum are the row's or the header's; or the checksum that the next frame carries on
-    /// is that of its header; or the entry before it and one behind it are in both logs.
+    /// is that of its header; or the entry before it and one behind it are in both logs; or both logs know that the entry
+    /// at this index is committed.
     Same,
 }
 

@@ -11,14 +11,23 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::{error::Latched, index::LogIndex, types::Vote};
+use crate::{
+    error::Latched,
+    index::LogIndex,
+    io_times::{FsyncWindow, IoTimes},
+    repair::EntryHealer,
+    segment::SpareDesk,
+    types::Vote,
+};
 
-/// Told of everything that the operators watch. Called on the writer thread: it must be cheap.
+/// Told of everything that the operators watch. Called on the log's threads: it must be cheap.
 pub trait WalObserver: Send + Sync + 'static {
     /// A sync returned Ok after `took`.
     fn fsync_done(&self, segment: &str, took: Duration);
-    /// A sync or a write failed, and the log has latched.
+    /// A sync failed, and the log has latched. Called once at most, and then `write_failed` never.
     fn fsync_failed(&self, segment: &str, error: &io::Error);
+    /// Anything else failed, and the log has latched. Called once at most, and then `fsync_failed` never.
+    fn write_failed(&self, operation: &'static str, file: &str, error: &io::Error);
     /// The log went on in a new segment.
     fn segment_rotated(&self);
 }
@@ -30,6 +39,7 @@ pub struct NoObserver;
 impl WalObserver for NoObserver {
     fn fsync_done(&self, _segment: &str, _took: Duration) {}
     fn fsync_failed(&self, _segment: &str, _error: &io::Error) {}
+    fn write_failed(&self, _operation: &'static str, _file: &str, _error: &io::Error) {}
     fn segment_rotated(&self) {}
 }
 
@@ -44,10 +54,16 @@ pub struct Shared {
     committed_end: AtomicU64,
     /// Bytes of all segments.
     bytes_on_disk: AtomicU64,
+    /// Bytes and entries that the segment in use still takes.
+    room: [AtomicU64; 2],
+    pub(crate) spare: SpareDesk,
+    pub(crate) io_times: Arc<IoTimes>,
+    pub(crate) fsyncs: FsyncWindow,
+    healer: Mutex<Option<Arc<dyn EntryHealer>>>,
 }
 
 impl Shared {
-    pub(crate) fn new(index: LogIndex, vote: Option<Vote>, committed_end: u64) -> Arc<Self> {
+    pub(crate) fn new(index: LogIndex, vote: Option<Vote>, committed_end: u64, io_times: Arc<IoTimes>) -> Arc<Self> {
         let flushed_end = index.end();
         let bytes = index.segments.iter().map(|s| s.segment_bytes).sum();
         Arc::new(Self {
@@ -57,6 +73,11 @@ impl Shared {
             latched: watch::Sender::new(None),
             committed_end: AtomicU64::new(committed_end),
             bytes_on_disk: AtomicU64::new(bytes),
+            room: Default::default(),
+            spare: SpareDesk::default(),
+            io_times,
+            fsyncs: FsyncWindow::default(),
+            healer: Mutex::new(None),
         })
     }
 
@@ -71,6 +92,14 @@ impl Shared {
 
     pub(crate) fn set_vote(&self, vote: Option<Vote>) {
         *self.vote.lock().unwrap_or_else(PoisonError::into_inner) = vote;
+    }
+
+    pub(crate) fn healer(&self) -> Option<Arc<dyn EntryHealer>> {
+        self.healer.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_healer(&self, healer: Option<Arc<dyn EntryHealer>>) {
+        *self.healer.lock().unwrap_or_else(PoisonError::into_inner) = healer;
     }
 
     pub(crate) fn flushed_end(&self) -> u64 {
@@ -93,14 +122,26 @@ impl Shared {
         self.latched.subscribe()
     }
 
-    pub(crate) fn latch(&self, latched: Latched) {
+    /// Ends all writing. False when it had ended already: the first reason stays.
+    pub(crate) fn latch(&self, latched: Latched) -> bool {
         self.latched.send_if_modified(|now| {
             let first = now.is_none();
             if first {
                 *now = Some(latched);
             }
             first
-        });
+        })
+    }
+
+    pub(crate) fn room(&self) -> (u64, u64) {
+        let [bytes, entries] = &self.room;
+        (bytes.load(Ordering::Relaxed), entries.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set_room(&self, bytes: u64, entries: u64) {
+        let [b, e] = &self.room;
+        b.store(bytes, Ordering::Relaxed);
+        e.store(entries, Ordering::Relaxed);
     }
 
     pub(crate) fn committed_end(&self) -> u64 {

@@ -29,13 +29,13 @@ use crate::{
 
 /// Bytes of entries on their way to the disk. More than a few groups only adds latency; less than the
 /// largest entry would block it for ever.
-const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
+pub(crate) const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
 
-struct Inner {
-    shared: Arc<Shared>,
-    jobs: mpsc::Sender<Job>,
+pub(crate) struct Inner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) jobs: mpsc::Sender<Job>,
     /// Bounds the queue: an append takes as many permits as it has bytes.
-    in_flight: Arc<Semaphore>,
+    pub(crate) in_flight: Arc<Semaphore>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -48,14 +48,15 @@ pub struct WalStore {
 /// The log, as the node above wants it. Clones share it.
 #[derive(Clone)]
 pub struct WalHandle {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-fn writer_gone() -> Latched {
+pub(crate) fn writer_gone() -> Latched {
     Latched { operation: "reach the writer of", file: "the log".into(), error: "its thread has ended".into() }
 }
 
-/// What opening a log came to.
+/// What opening a log came to. Made once for each start: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 pub enum OpenStep {
     /// The log is whole and its writer runs.
     Ready(WalStore, RecoveryReport),
@@ -87,7 +88,7 @@ pub(crate) fn start(step: pending::Step, disk: Arc<dyn Disk>, options: WalOption
         move |source| OpenError::Io { operation, path, source }
     };
     let Opened { lock, hard, index, tail, last_crc, committed_end, report } = opened;
-    let shared = Shared::new(index, hard.vote, committed_end);
+    let shared = Shared::new(index, hard.vote, committed_end, Arc::clone(&options.io_times));
     let writer = Writer::new(options.clone(), disk, Arc::clone(&shared), hard, tail, last_crc, lock)
         .map_err(failed("start the log in"))?;
     let (jobs, inbox) = mpsc::channel();
@@ -135,7 +136,7 @@ impl WalStore {
 
     /// A reader of its entries.
     pub fn reader(&self) -> WalReader {
-        WalReader { shared: Arc::clone(&self.inner.shared) }
+        WalReader { shared: Arc::clone(&self.inner.shared), log: Arc::downgrade(&self.inner) }
     }
 
     async fn ask(&self, job: impl FnOnce(oneshot::Sender<Result<(), Latched>>) -> Job) -> io::Result<()> {
@@ -218,7 +219,9 @@ impl WalHandle {
     /// Flushes, marks and ends the writer, and gives the folder back. Blocks for as long as that takes.
     pub fn close(&self) -> Result<(), Latched> {
         let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(thread) = thread else { return Ok(()) };
+        let Some(thread) = thread else { return self.latched().map_or(Ok(()), Err) };
+        // A writer that waits for room would keep this waiting too.
+        self.inner.shared.spare.hurry();
         let (reply, mut answer) = oneshot::channel();
         self.inner.jobs.send(Job::Close(reply)).map_err(|_| writer_gone())?;
         thread.join().map_err(|_| writer_gone())?;

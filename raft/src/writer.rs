@@ -5,8 +5,8 @@
 //! frame; only a power cut can. Votes, truncations and purges go through the same queue, because Raft
 //! takes a durable vote as proof that all which was written before it is durable.
 //!
-//! On the first error the writer latches: no retry, no second sync, and every later request gets the
-//! same error. A sync that is repeated after a failure returns success and has written nothing.
+//! On the first error the writer latches (see [`crate::log_disk`]): no retry, no second sync, and every later
+//! request gets the same error. A sync that is repeated after a failure returns success and has written nothing.
 
 use std::{
     io,
@@ -15,25 +15,31 @@ use std::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use openraft::storage::IOFlushed;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::{
+    clock::now,
     disk::{Disk, DiskFile, FolderLock},
-    error::Latched,
-    frame::{MARK_OFFSETS, Mark, ROW_BYTES, ROWS_OFFSET, SegmentHeader, data_offset, frame_bytes, row_capacity},
+    error::{Latched, RepairError},
+    frame::{MARK_OFFSETS, Mark, ROW_BYTES, ROWS_OFFSET, SegmentHeader, frame_bytes},
     group::{Encoded, Group, Marks},
     hard_state::HardState,
-    index::{SegmentIndex, segment_name},
-    open::{Tail, previous_of},
-    options::WalOptions,
-    segment::{Preparer, adopt},
-    shared::{Shared, WalObserver},
+    index::segment_name,
+    log_disk::{LogDisk, LogFile, Role},
+    open::Tail,
+    options::{Pace, WalOptions},
+    repair::EntryCopy,
+    segment::Preparer,
+    shared::Shared,
     types::{LogId, TypeConfig, Vote},
 };
+
+mod changes;
+mod repair;
 
 /// An idle writer marks what is durable after this long, so that after a power cut at most one group
 /// lies above the last mark.
@@ -41,6 +47,9 @@ const MARK_AFTER_IDLE: Duration = Duration::from_millis(10);
 
 /// Answer to a request that is waited for.
 pub type Reply = oneshot::Sender<Result<(), Latched>>;
+
+/// Answer to a repair.
+pub type RepairReply = oneshot::Sender<Result<(), RepairError>>;
 
 /// What the writer is asked to do, in the order of asking.
 pub enum Job {
@@ -64,13 +73,17 @@ pub enum Job {
     },
     /// Allow entries up to this one to be missing, and unlink segments that nobody needs.
     Purge(LogId, Reply),
+    /// Write a damaged entry again from a replica's copy.
+    Repair(EntryCopy, RepairReply),
+    /// Write a segment's header again from its other copy.
+    RepairHeader(u64, RepairReply),
     /// Flush, mark and end.
     Close(Reply),
 }
 
 struct Current {
     header: SegmentHeader,
-    file: Arc<dyn DiskFile>,
+    file: Arc<LogFile>,
     rows_used: u32,
     offset: u64,
     mark_sequence: u64,
@@ -79,7 +92,7 @@ struct Current {
 /// The writer's whole state; lives on its thread.
 pub struct Writer {
     options: WalOptions,
-    disk: Arc<dyn Disk>,
+    disk: LogDisk,
     shared: Arc<Shared>,
     hard: HardState,
     preparer: Preparer,
@@ -108,7 +121,8 @@ impl Writer {
         last_crc: u32,
         lock: Box<dyn FolderLock>,
     ) -> io::Result<Self> {
-        let preparer = Preparer::start(Arc::clone(&disk), &options.dir)?;
+        let disk = LogDisk::new(disk, Arc::clone(&shared), Arc::clone(&options.observer), Role::Writer);
+        let preparer = Preparer::start(&disk, &options.dir, options.pace == Pace::Background)?;
         let written_end = shared.index().end();
         let mut writer = Self {
             options,
@@ -129,6 +143,7 @@ impl Writer {
                 let Tail { header, file, rows_used, offset, mark_sequence } = tail;
                 // A process that ended just after it had made this segment had not recorded it yet.
                 writer.hard.segment_last = writer.hard.segment_last.max(header.number);
+                let file = Arc::new(writer.disk.file(file, &segment_name(header.number)));
                 writer.current = Some(Current { header, file, rows_used, offset, mark_sequence });
                 writer.save_hard_state()?;
                 writer.mark_due = true;
@@ -140,6 +155,9 @@ impl Writer {
                 writer.begin_segment(0)?;
             }
         }
+        writer.tell_room();
+        // Room that is missing should be known before anybody needs it.
+        writer.preparer.prepare(writer.options.segment_bytes);
         Ok(writer)
     }
 
@@ -151,7 +169,7 @@ impl Writer {
                 Ok(false) => {}
                 Ok(true) => break,
                 Err(_) => {
-                    let latched = self.latch("go on with", &io::Error::other("the writer panicked"));
+                    let latched = self.failed("go on with", &io::Error::other("the writer panicked"));
                     self.complete(&Err(latched));
                 }
             }
@@ -160,7 +178,7 @@ impl Writer {
 
     /// Waits for a job and serves it, or marks what is durable when none comes. Whether to end.
     fn turn(&mut self, jobs: &Receiver<Job>) -> bool {
-        if !self.mark_due || self.shared.latched().is_some() {
+        if !self.mark_due || self.options.pace == Pace::Lockstep || self.shared.latched().is_some() {
             return jobs.recv().map_or(true, |job| self.serve(job, jobs));
         }
         match jobs.recv_timeout(MARK_AFTER_IDLE) {
@@ -199,6 +217,17 @@ impl Writer {
                 Job::Purge(upto, reply) => {
                     let done = self.purge(upto);
                     answer(reply, done);
+                }
+                Job::Repair(copy, reply) => {
+                    let done = self.repair(&copy);
+                    if let Err(error) = &done {
+                        tracing::warn!(index = copy.index, %error, "a damaged entry was not written again");
+                    }
+                    let _gone = reply.send(done);
+                }
+                Job::RepairHeader(number, reply) => {
+                    let done = self.repair_header(number);
+                    let _gone = reply.send(done);
                 }
                 Job::Close(reply) => {
                     let done = self.check().and_then(|()| self.mark());
@@ -264,7 +293,7 @@ impl Writer {
         let marks = Marks { synced_end: self.shared.flushed_end(), committed_end: self.shared.committed_end() };
         if let Some(current) = &self.current {
             let offset = current.offset + self.group.frames.len() as u64;
-            let offset = u32::try_from(offset).map_err(|e| self.latch("append to", &io::Error::other(e)))?;
+            let offset = u32::try_from(offset).map_err(|e| self.failed("append to", &io::Error::other(e)))?;
             self.last_crc = self.group.push(entry, current.header.identity, offset, self.last_crc, marks);
         }
         self.written_end = entry.index + 1;
@@ -290,9 +319,13 @@ impl Writer {
         };
         let file = Arc::clone(&current.file);
         let rows_at = ROWS_OFFSET + u64::from(current.rows_used) * ROW_BYTES as u64;
-        file.write_at(&self.group.frames, current.offset).map_err(|e| self.latch("write frames to", &e))?;
-        file.write_at(&self.group.rows, rows_at).map_err(|e| self.latch("write rows to", &e))?;
-        self.sync_segment(&*file)?;
+        let offset = current.offset;
+        let write = || {
+            file.write_at(&self.group.frames, offset)?;
+            file.write_at(&self.group.rows, rows_at)?;
+            file.sync_data()
+        };
+        write().map_err(|e| self.failed("write", &e))?;
         let budget = self.options.tail_cache_bytes;
         let number = match &mut self.current {
             Some(current) => {
@@ -306,6 +339,7 @@ impl Writer {
         self.group.clear();
         self.shared.set_flushed_end(self.written_end);
         self.mark_due = true;
+        self.tell_room();
         // From a segment's first group on its successor is kept ready: a roll or a truncation must not wait for
         // it, nor meet a full disk.
         self.preparer.prepare(self.options.segment_bytes);
@@ -329,170 +363,19 @@ impl Writer {
         let at = if mark.sequence.is_multiple_of(2) { even } else { odd };
         let file = Arc::clone(&current.file);
         let bytes = mark.encode(current.header.identity);
-        file.write_at(&bytes, at).map_err(|e| self.latch("write mark to", &e))?;
-        self.sync_segment(&*file)?;
+        file.write_at(&bytes, at).and_then(|()| file.sync_data()).map_err(|e| self.failed("mark", &e))?;
         self.mark_due = false;
         Ok(())
     }
 
-    /// Goes on in a new segment that begins at the end of what is written. Everything before it is
-    /// durable by now: that is what its header asserts.
-    fn begin_segment(&mut self, needed: u64) -> Step {
-        self.check()?;
-        assert!(self.group.located.is_empty(), "a group straddles two segments");
-        let first_index = self.written_end;
-        let (previous, newest) = {
-            let index = self.shared.index();
-            (previous_of(&index, first_index), index.segments.back().map(|s| s.number).unwrap_or_default())
-        };
-        let mut segment_bytes = self.options.segment_bytes;
-        let rows = row_capacity(segment_bytes);
-        segment_bytes = segment_bytes.max(data_offset(rows) + needed);
-        let header = SegmentHeader {
-            number: newest.max(self.hard.segment_last) + 1,
-            identity: rand::random(),
-            segment_bytes,
-            rows,
-            first_index,
-            previous,
-            previous_crc: self.last_crc,
-        };
-        let name = segment_name(header.number);
-        let observer = Arc::clone(&self.options.observer);
-        let mut sync = |file: &dyn DiskFile| timed_sync(&*observer, &name, &mut || file.sync_data());
-        let made = adopt(&mut self.preparer, &self.options.dir, &header, &mut sync);
-        let file = made.map_err(|e| self.latch_named("begin", &name, &e))?;
-        self.current = Some(Current {
-            header,
-            file: Arc::clone(&file),
-            rows_used: 0,
-            offset: data_offset(header.rows),
-            mark_sequence: 0,
+    /// Tells how much the segment in use still takes.
+    fn tell_room(&self) {
+        let room = self.current.as_ref().map(|c| {
+            let bytes = c.header.segment_bytes.saturating_sub(c.offset);
+            (bytes, u64::from(c.header.rows.saturating_sub(c.rows_used)))
         });
-        let bytes = {
-            let mut index = self.shared.index();
-            index.segments.push_back(SegmentIndex {
-                number: header.number,
-                identity: header.identity,
-                segment_bytes,
-                file,
-                first_index,
-                entries: Default::default(),
-            });
-            index.segments.iter().map(|s| s.segment_bytes).sum()
-        };
-        self.shared.set_bytes_on_disk(bytes);
-        // From here on a log without this segment is known to have lost it.
-        self.hard.segment_last = header.number;
-        self.save_hard_state()?;
-        self.options.observer.segment_rotated();
-        Ok(())
-    }
-
-    fn save_vote(&mut self, vote: Vote) -> Step {
-        self.check()?;
-        self.hard.vote = Some(vote);
-        self.save_hard_state()?;
-        self.shared.set_vote(Some(vote));
-        Ok(())
-    }
-
-    fn truncate(&mut self, end: u64) -> Step {
-        self.check()?;
-        if end >= self.written_end {
-            return Ok(());
-        }
-        let purged_end = self.hard.purged.map(|id| id.index() + 1).unwrap_or_default();
-        assert!(end >= purged_end, "truncated to {end}, below the purged end {purged_end}");
-        let committed_end = self.shared.committed_end();
-        assert!(end >= committed_end, "truncated to {end}, below the committed end {committed_end}");
-        self.shared.index().truncate(end);
-        self.written_end = end;
-        self.last_crc = self.header_crc_at(end)?;
-        // The new segment's header voids what is above `end` in older ones, for good.
-        self.begin_segment(0)?;
-        self.shared.set_flushed_end(end);
-        // Segments without a live entry would stay until the next purge, one for each change of leader.
-        let void = self.shared.index().take_void();
-        self.unlink(void)
-    }
-
-    /// Header checksum of the entry below `end`, read back from its segment; 0 when it is not there.
-    fn header_crc_at(&self, end: u64) -> Step<u32> {
-        use crate::{frame::FrameHeader, index::Lookup};
-        let Some(last) = end.checked_sub(1) else {
-            return Ok(0);
-        };
-        let found = self.shared.index().lookup_located(last);
-        let Some(Lookup::OnDisk(on_disk)) = found else {
-            return Ok(0);
-        };
-        let mut bytes = [0; crate::frame::FRAME_HEADER_BYTES];
-        on_disk
-            .file
-            .read_at(&mut bytes, u64::from(on_disk.located.offset))
-            .map_err(|e| self.latch_named("read", &on_disk.segment, &e))?;
-        match FrameHeader::decode(&bytes, on_disk.identity) {
-            Ok((_, crc)) => Ok(crc),
-            Err(_) => {
-                let error = io::Error::other("the last kept frame does not verify");
-                Err(self.latch_named("read", &on_disk.segment, &error))
-            }
-        }
-    }
-
-    fn purge(&mut self, upto: LogId) -> Step {
-        self.check()?;
-        if self.hard.purged.is_some_and(|old| old >= upto) {
-            return Ok(());
-        }
-        // First the record that allows entries to be missing, then the unlinking, oldest first.
-        self.hard.purged = Some(upto);
-        self.save_hard_state()?;
-        let mut gone = self.shared.index().purge(upto);
-        if upto.index() >= self.written_end {
-            self.written_end = upto.index() + 1;
-            self.last_crc = 0;
-            self.begin_segment(0)?;
-            self.shared.set_flushed_end(self.written_end);
-            gone.extend(self.shared.index().purge(upto));
-        }
-        self.unlink(gone)
-    }
-
-    /// Unlinks segments that nobody needs, one after the other.
-    fn unlink(&self, gone: Vec<SegmentIndex>) -> Step {
-        for segment in gone {
-            let name = segment.name();
-            let path = self.options.dir.join(&name);
-            match self.disk.remove(&path) {
-                Ok(()) => {}
-                // An operator moved it away: it is gone, which is what was wanted.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                    tracing::warn!(segment = name, "a WAL segment that was to be removed was already gone");
-                }
-                Err(e) => return Err(self.latch_named("unlink", &name, &e)),
-            }
-            let dir = self.disk.sync_dir(&self.options.dir);
-            dir.map_err(|e| self.latch_named("unlink", &name, &e))?;
-        }
-        let bytes = self.shared.index().segments.iter().map(|s| s.segment_bytes).sum();
-        self.shared.set_bytes_on_disk(bytes);
-        Ok(())
-    }
-
-    fn save_hard_state(&mut self) -> Step {
-        self.hard.sequence += 1;
-        let observer = Arc::clone(&self.options.observer);
-        let mut sync = |name: &str, f: &mut dyn FnMut() -> io::Result<()>| timed_sync(&*observer, name, f);
-        let saved = self.hard.save(&*self.disk, &self.options.dir, &mut sync);
-        saved.map_err(|(name, e)| self.latch_named("save", &name, &e))
-    }
-
-    fn sync_segment(&self, file: &dyn DiskFile) -> Step {
-        let name = self.current_name();
-        let synced = timed_sync(&*self.options.observer, &name, &mut || file.sync_data());
-        synced.map_err(|e| self.latch_named("sync", &name, &e))
+        let (bytes, entries) = room.unwrap_or_default();
+        self.shared.set_room(bytes, entries);
     }
 
     fn current_name(&self) -> String {
@@ -503,35 +386,20 @@ impl Writer {
         self.shared.latched().map_or(Ok(()), Err)
     }
 
-    fn latch(&self, operation: &'static str, error: &io::Error) -> Latched {
-        self.latch_named(operation, &self.current_name(), error)
+    /// What a failed operation on the segment in use is answered with. The disk has latched the log already; other
+    /// failures do so here.
+    fn failed(&self, operation: &'static str, error: &io::Error) -> Latched {
+        self.disk.latch(operation, &self.current_name(), error)
     }
 
-    fn latch_named(&self, operation: &'static str, file: &str, error: &io::Error) -> Latched {
-        let latched = Latched { operation, file: file.to_owned(), error: error.to_string() };
-        self.options.observer.fsync_failed(file, error);
-        self.shared.latch(latched.clone());
-        latched
+    fn failed_on(&self, operation: &'static str, file: &str, error: &io::Error) -> Latched {
+        self.disk.latch(operation, file, error)
     }
 }
 
 fn answer(reply: Reply, result: Step) {
     // Whoever asked may have gone; the result is on the disk and in the latch.
     let _gone = reply.send(result);
-}
-
-/// How long a sync takes, and how long a group waits, is real time even on a simulated disk; nothing that is
-/// written depends on it.
-#[allow(clippy::disallowed_methods)]
-fn now() -> Instant {
-    Instant::now()
-}
-
-fn timed_sync(observer: &dyn WalObserver, name: &str, sync: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
-    let start = now();
-    sync()?;
-    observer.fsync_done(name, start.elapsed());
-    Ok(())
 }
 
 /// Bytes that an entry costs in the queue and in the cache.

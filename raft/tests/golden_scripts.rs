@@ -5,8 +5,11 @@
 //! files: `zero frame N`, `flip frame N`, `zero row N`, `flip row N`, `zero header 1|2 of SEGMENT`,
 //! `zero marks of SEGMENT` (what is durable is then known from the frames alone: the last group counts
 //! as unsynced), `remove segment N`, `empty segment N`, `flip void SEGMENT N` (a frame that a
-//! truncation voided), `flip unused SEGMENT` (zeros behind its last frame), `foreign NAME`, `remove hard-state 1|2`, `empty hard-state 1|2`.
-//! Behind `---`: what opening says, then the live entries.
+//! truncation voided), `flip unused SEGMENT` (zeros behind its last frame), `flip unused row SEGMENT`, `foreign NAME`, `remove hard-state 1|2`, `empty hard-state 1|2`.
+//! `unreadable frame N` makes its blocks unreadable; `cut at N` is the repair tool, durable entries included.
+//! `peers N` gives the log N peers that receive every `append` from there on, `peers 0` takes none of them away but lets
+//! them miss what follows; `purge peers UPTO`. With peers the end of the story is that of a node that asks them.
+//! Behind `---`: what opening says, then the live entries; with `dump N` as the last line, what `stemedb wal dump` shows.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
 
 mod common;
@@ -32,6 +35,10 @@ struct Story {
     sim: SimDisk,
     store: Option<WalStore>,
     term: u64,
+    peers: Vec<WalStore>,
+    /// How many of them receive what is appended.
+    listening: usize,
+    dump: Option<u64>,
 }
 
 fn dir() -> PathBuf {
@@ -82,7 +89,7 @@ impl Story {
     async fn run(&mut self, line: &str) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let option = |name: &str| words.iter().find_map(|w| w.strip_prefix(name)).map(number);
-        let closes = !matches!(words[0], "append" | "idle" | "truncate" | "purge");
+        let closes = !matches!(words[0], "append" | "idle" | "truncate" | "purge" | "peers" | "vote");
         if closes && let Some(store) = self.store.take() {
             if words[0] == "kill" {
                 self.sim.kill();
@@ -101,11 +108,46 @@ impl Story {
                 let bytes = option("bytes=").unwrap_or(20) as usize;
                 let make = |i| entry(self.term, i, &format!("{:x<bytes$}", format!("e{i}t{}", self.term)));
                 let entries = (number(from)..=number(to)).map(make).collect();
+                let entries: Vec<_> = entries;
+                for peer in self.peers.iter_mut().take(self.listening) {
+                    append(peer, entries.clone()).await.unwrap();
+                }
                 append(self.store.as_mut().unwrap(), entries).await.unwrap();
             }
+            ["peers", n] => {
+                self.listening = number(n) as usize;
+                while self.peers.len() < self.listening {
+                    self.peers.push(open_sim(&SimDisk::new()).unwrap());
+                }
+            }
+            ["purge", "peers", upto] => {
+                for peer in &mut self.peers {
+                    peer.purge(log_id(self.term, number(upto))).await.unwrap();
+                }
+            }
+            ["vote", term] => {
+                let vote = stemedb_raft::Vote::new_committed(number(term), 1);
+                self.store.as_mut().unwrap().save_vote(&vote).await.unwrap();
+            }
+            ["dump", segment] => self.dump = Some(number(segment)),
+            ["unreadable", "frame", index] => {
+                let (segment, at, _) = self.place(number(index));
+                self.sim.set_unreadable(&dir().join(segment_name(segment)), [at / 4096]).unwrap();
+            }
+            ["cut", "at", index] => {
+                let (segment, at, _) = self.place(number(index));
+                let bytes = self.read(segment);
+                let path = dir().join(segment_name(segment));
+                let scan = scan_segment(&bytes).unwrap();
+                let read = stemedb_raft::tool::Segment { path, bytes, unreadable: vec![], scan, next_first: None };
+                let (cut, _) = read.cut(at as u64, true).unwrap();
+                self.sim.corrupt(&dir().join(segment_name(segment)), |b| *b = cut).unwrap();
+            }
             ["idle"] => {
-                let before = self.sim.syncs();
-                while self.sim.syncs() == before {
+                // Syncs of the spare, which is prepared meanwhile, are no marks.
+                let marks = || self.sim.operations().iter().filter(|o| o.starts_with("sync segment.0")).count();
+                let before = marks();
+                while marks() == before {
                     tokio::task::yield_now().await;
                 }
             }
@@ -127,6 +169,11 @@ impl Story {
                 let scan = scan_segment(&self.read(number(segment))).unwrap();
                 let found = scan.entries.iter().find(|e| e.index == number(index)).unwrap();
                 self.damage(number(segment), found.offset.unwrap() as usize, 80, "flip");
+            }
+            ["flip", "unused", "row", segment] => {
+                let scan = scan_segment(&self.read(number(segment))).unwrap();
+                let at = ROWS_OFFSET as usize + (scan.entries.len() + 1) * ROW_BYTES;
+                self.damage(number(segment), at, ROW_BYTES, "flip");
             }
             ["flip", "unused", segment] => {
                 let scan = scan_segment(&self.read(number(segment))).unwrap();
@@ -177,20 +224,54 @@ impl Story {
         reached.into_iter().map(|(_, row)| row).collect()
     }
 
+    /// What a node says that has peers, as voters 2, 3 …
+    fn asked(&self, pending: stemedb_raft::PendingLog) -> String {
+        let others: Vec<_> = (2..).zip(self.peers.iter().map(|peer| peer.handle().source())).collect();
+        let voters: Vec<u64> = (1..2 + others.len() as u64).collect();
+        match common::ask_once(pending, 1, &voters, &others) {
+            common::Found::Ready(store, report) => opened(store, &report),
+            common::Found::Waits(pending) => {
+                let indexes: Vec<_> = pending.questions().iter().map(|q| q.index.to_string()).collect();
+                format!("wait {}\n", indexes.join(" "))
+            }
+            common::Found::Lost(why) => format!("rebuild {why}\n"),
+            common::Found::Refused(why) => format!("refuse {why}\n"),
+        }
+    }
+
     fn outcome(&self) -> String {
+        if let Some(segment) = self.dump {
+            let bytes = self.read(segment);
+            let scan = scan_segment(&bytes).unwrap();
+            let path = dir().join(segment_name(segment));
+            let read = stemedb_raft::tool::Segment { path, bytes, unreadable: vec![], scan, next_first: None };
+            return read.dump();
+        }
+        if !self.peers.is_empty() {
+            match common::begin(&self.sim) {
+                common::Found::Waits(pending) => return self.asked(pending),
+                common::Found::Ready(store, report) => return opened(store, &report),
+                common::Found::Lost(why) | common::Found::Refused(why) => return format!("rebuild {why}\n"),
+            }
+        }
         let (store, report) = match WalStore::open(self.sim.shared(), options(&dir())) {
             Ok(opened) => opened,
             Err(OpenError::Repair(damage)) => return format!("repair {}\n", list(&damage)),
             Err(OpenError::Ask(damage)) => return format!("ask {}\n", list(&damage)),
             Err(other) => return format!("refuse {other}\n"),
         };
-        let tail = report.tail_cut_from.map(|i| format!(" cut={i}")).unwrap_or_default();
-        let unknown = report.unknown_files.iter().map(|f| format!(" unknown={f}")).collect::<String>();
-        let short = |line: &String| line.trim_end_matches('x').to_owned();
-        let entries = contents(&store).unwrap().iter().map(short).collect::<Vec<_>>().join(" ");
-        close(store);
-        format!("open segments={} entries={}{tail}{unknown}\n{entries}\n", report.segments, report.entries)
+        opened(store, &report)
     }
+}
+
+fn opened(store: WalStore, report: &stemedb_raft::RecoveryReport) -> String {
+    let tail = report.tail_cut_from.map(|i| format!(" cut={i}")).unwrap_or_default();
+    let repaired = report.repaired.iter().map(|i| format!(" repaired={i}")).collect::<String>();
+    let unknown = report.unknown_files.iter().map(|f| format!(" unknown={f}")).collect::<String>();
+    let short = |line: &String| line.trim_end_matches('x').to_owned();
+    let entries = contents(&store).unwrap().iter().map(short).collect::<Vec<_>>().join(" ");
+    close(store);
+    format!("open segments={} entries={}{tail}{repaired}{unknown}\n{entries}\n", report.segments, report.entries)
 }
 
 fn list(damage: &[stemedb_raft::error::Damage]) -> String {
@@ -210,7 +291,7 @@ fn each_story_ends_as_written() {
     for path in paths {
         let text = fs::read_to_string(&path).unwrap();
         let (script, expected) = text.split_once("---\n").expect("a story has an end");
-        let mut story = Story { sim: SimDisk::new(), store: None, term: 1 };
+        let mut story = Story { sim: SimDisk::new(), store: None, term: 1, peers: vec![], listening: 0, dump: None };
         for line in script.lines().filter(|l| !l.is_empty() && !l.starts_with('#')) {
             runtime.block_on(story.run(line));
         }
@@ -219,6 +300,7 @@ fn each_story_ends_as_written() {
         }
         reached.extend(story.rows_reached());
         let got = story.outcome();
+        story.peers.drain(..).for_each(close);
         count += 1;
         if rewrite {
             fs::write(&path, format!("{script}---\n{got}")).unwrap();

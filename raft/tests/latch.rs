@@ -16,7 +16,7 @@ use common::{ListMachine, append, contents, entry, open_sim, options};
 use openraft::{Config, Raft, storage::RaftLogStorage, type_config::async_runtime::WatchReceiver};
 use stemedb_raft::{
     Vote, WalObserver, WalOptions, WalStore,
-    disk::sim::{SimDisk, SyncFault},
+    disk::sim::{FileSystem, SimDisk, SyncFault},
     frame::log_id,
 };
 
@@ -53,7 +53,7 @@ async fn nothing_is_written_or_synced_after_the_first_failure() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_acknowledged_before_is_there_after_eviction_and_restart() {
-    for fault in [SyncFault::PagesMarkedClean, SyncFault::ContentsReverted] {
+    for fault in FileSystem::ALL.map(FileSystem::sync_fault) {
         let sim = SimDisk::new();
         let mut store = open_sim(&sim).unwrap();
         append(&mut store, vec![entry(1, 0, "durable")]).await.unwrap();
@@ -87,6 +87,7 @@ impl WalObserver for Panics {
         assert!(!self.0.load(Ordering::SeqCst), "planted");
     }
     fn fsync_failed(&self, _segment: &str, _error: &std::io::Error) {}
+    fn write_failed(&self, _operation: &'static str, _file: &str, _error: &std::io::Error) {}
     fn segment_rotated(&self) {}
 }
 

@@ -9,10 +9,10 @@ use std::{convert::Infallible, time::Duration};
 use axum::{
     body::Body,
     extract::FromRequestParts,
-    http::{HeaderName, HeaderValue, Request, Uri, header, request::Parts},
+    http::{HeaderName, HeaderValue, Method, Request, Uri, header, request::Parts},
     response::Response,
 };
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Bytes, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -27,6 +27,9 @@ const PASSED_ON: HeaderName = HeaderName::from_static("x-stemedb-passed-on-by");
 
 /// How long a connection to another node may take before the next one is asked.
 const CONNECT_MAX: Duration = Duration::from_secs(1);
+
+/// How long an order that is passed on may take: a flow answers within 30 s.
+const PASS_ON_MAX: Duration = Duration::from_secs(40);
 
 /// Largest answer passed on, in bytes: four times the longest page, since JSON escapes take room.
 const ANSWER_BYTES_MAX: usize = 20 * 1024 * 1024;
@@ -45,6 +48,13 @@ impl<S: Sync> FromRequestParts<S> for Asked {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
         Ok(Asked { uri: parts.uri.clone(), passed_on: parts.headers.contains_key(PASSED_ON) })
+    }
+}
+
+impl Asked {
+    /// Whether another node asks in place of its client.
+    pub fn was_passed_on(&self) -> bool {
+        self.passed_on
     }
 }
 
@@ -67,23 +77,41 @@ pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response
     timeout_at(deadline, ask_each).await.ok().flatten()
 }
 
+/// The answer of the node at `addr` to the same question, or to the same order with this body.
+pub async fn pass_on(api: &Api, asked: &Asked, addr: &str, body: Option<Bytes>) -> Result<Response, String> {
+    if asked.passed_on {
+        return Err("this request was passed on already".to_owned());
+    }
+    let _place = api.passed_on.acquire().await.map_err(|e| e.to_string())?;
+    let method = if body.is_some() { Method::POST } else { Method::GET };
+    timeout(PASS_ON_MAX, ask_with(addr, asked, api.node.name(), method, body.unwrap_or_default()))
+        .await
+        .unwrap_or_else(|_| Err(format!("no answer within {PASS_ON_MAX:?}")))
+}
+
 async fn ask_one(addr: &str, asked: &Asked, own_name: &str) -> Result<Response, String> {
+    ask_with(addr, asked, own_name, Method::GET, Bytes::new()).await
+}
+
+async fn ask_with(addr: &str, asked: &Asked, own_name: &str, method: Method, body: Bytes) -> Result<Response, String> {
     let stream = timeout(CONNECT_MAX, TcpStream::connect(addr)).await.map_err(|e| e.to_string())?;
     let stream = stream.map_err(|e| e.to_string())?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
     let target = asked.uri.path_and_query().map_or("/", |target| target.as_str());
-    let request = Request::get(target)
+    let request = Request::builder()
+        .method(method)
+        .uri(target)
         .header(header::HOST, addr)
         .header(header::CONNECTION, "close")
         .header(PASSED_ON, HeaderValue::from_str(own_name).unwrap_or(HeaderValue::from_static("a-node")))
-        .body(Empty::<Bytes>::new())
+        .body(Full::new(body))
         .map_err(|e| e.to_string())?;
     let answered = async {
         let (head, body) = sender.send_request(request).await.map_err(|e| e.to_string())?.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|e| e.to_string())?;
         let mut response = Response::new(Body::from(body.to_bytes()));
         *response.status_mut() = head.status;
-        for name in [header::CONTENT_TYPE, header::RETRY_AFTER, headers::INDEX, headers::SERVED_BY] {
+        for name in [header::CONTENT_TYPE, header::RETRY_AFTER, header::LOCATION, headers::INDEX, headers::SERVED_BY] {
             if let Some(value) = head.headers.get(&name) {
                 response.headers_mut().insert(name, value.clone());
             }

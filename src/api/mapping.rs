@@ -92,6 +92,21 @@ pub fn refusal(refusal: &Refusal, commands_max: u64) -> Problem {
             ),
         )
         .with("expected_position", *expected),
+        Refusal::RebuildHeld { by, expires_in_s } => Problem::new(
+            Kind::RebuildRefused,
+            format!(
+                "{by} is being rebuilt, and one node at a time may be: a second one could take the last copy of a write \
+                 away. Wait until it has finished. If it never comes back, its permit expires in {expires_in_s} s."
+            ),
+        )
+        .with("waits_for", by.as_str()),
+        Refusal::RebuiltTooOften { name, times } => Problem::new(
+            Kind::RebuildRefused,
+            format!(
+                "{name} has rebuilt itself {times} times within a day. Look at its disk first; then start a rebuild by \
+                 hand, with POST /v1/admin/node/rebuild on it."
+            ),
+        ),
         Refusal::KeyTableFull => Problem::new(
             Kind::TooManyRequests,
             "The cluster remembers as many recent requests as it may. Send this one again in a \

@@ -21,6 +21,8 @@ fn every_refusal_has_its_answer() {
         (Refusal::PathMismatch { old_path: text("a"), new_path: text("b") }, Kind::PathMismatch, 422, Refused),
         (Refusal::ChainTooLong { steps_max: 9 }, Kind::ChainTooLong, 409, Refused),
         (Refusal::ImportPosition { expected: 7 }, Kind::ImportPosition, 409, Refused),
+        (Refusal::RebuildHeld { by: text("n"), expires_in_s: 1 }, Kind::RebuildRefused, 409, Refused),
+        (Refusal::RebuiltTooOften { name: text("n"), times: 2 }, Kind::RebuildRefused, 409, Refused),
         (Refusal::KeyTableFull, Kind::TooManyRequests, 429, NotApplied),
     ] {
         let problem = refusal(&given, 10_000).on_write(false);

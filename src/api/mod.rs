@@ -10,6 +10,7 @@ mod connection;
 mod elsewhere;
 pub mod headers;
 pub mod health;
+pub mod jobs;
 mod json;
 pub mod limits;
 mod mapping;
@@ -102,6 +103,9 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/admin/cluster", methods: GET, service: || get(admin::cluster) },
     Route { path: "/v1/admin/storage/stats", methods: GET, service: || get(admin::storage_stats) },
     Route { path: "/v1/admin/imports/{id}", methods: GET, service: || get(admin::import) },
+    Route { path: "/v1/admin/node/rebuild", methods: POST, service: || post(jobs::rebuild) },
+    Route { path: "/v1/admin/jobs/{id}", methods: GET, service: || get(jobs::job) },
+    Route { path: "/v1/admin/quarantine", methods: GET, service: || get(jobs::quarantine) },
     Route { path: "/metrics", methods: GET, service: || get(metrics::metrics) },
     Route { path: "/openapi.json", methods: GET, service: || get(openapi::openapi_json) },
 ];

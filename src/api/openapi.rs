@@ -10,7 +10,7 @@ use axum::{
 };
 use utoipa::OpenApi;
 
-use super::{admin, headers, health, metrics, read, schema, write};
+use super::{admin, headers, health, jobs, metrics, read, schema, write};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -19,7 +19,8 @@ use super::{admin, headers, health, metrics, read, schema, write};
         write::assert, write::assert_batch, write::vote, write::epoch, write::supersede,
         read::query, read::assertion, read::history,
         health::health, health::live, health::ready, health::leader, health::replica,
-        metrics::metrics, admin::cluster, admin::import, admin::storage_stats, openapi_json,
+        metrics::metrics, admin::cluster, admin::import, admin::storage_stats,
+        jobs::rebuild, jobs::job, jobs::quarantine, openapi_json,
     ),
     components(schemas(schema::ProblemBody), responses(schema::ProblemResponse)),
     tags(

@@ -240,7 +240,13 @@ pub async fn read(
         let view = api.node.read(consistency).await.map_err(mapping::read_error)?;
         ask_store(api, deadline, move || ask(view)).await
     };
-    let (index, body) = match here.await {
+    let answered = tokio::select! {
+        biased;
+        // Also while a thread waits for the disk: nobody knows when that ends.
+        why = api.node.wait_silent(), if !asked.was_passed_on() => Err(silent(&why)),
+        answered = here => answered,
+    };
+    let (index, body) = match answered {
         Ok(answer) => answer,
         Err(problem) if is_of_this_node(api, &problem) => {
             return elsewhere::ask(api, asked, deadline).await.ok_or(problem);
@@ -252,6 +258,11 @@ pub async fn read(
     headers.insert(header::CONTENT_TYPE, headers::JSON);
     headers::stamp(headers, index, api.node.name());
     Ok(response)
+}
+
+fn silent(why: &str) -> Problem {
+    let detail = format!("The disk of this node does not work ({why}), and no other node answered in its place.");
+    Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
 }
 
 /// Whether another node may well have an answer.

@@ -178,7 +178,8 @@ pub struct HistoryAnswer {
 /// What a node says of itself.
 #[derive(ToSchema)]
 pub struct HealthAnswer {
-    /// `ok`, `starting`, `repairing`, `failed` or `stopping`.
+    /// `ok`, `starting`, `repairing`, `stopping`, or why the node answers through others: `stalled`, `failed`,
+    /// `rebuilding`, `fenced`.
     pub status: String,
     /// The node's name.
     pub name: String,
@@ -322,4 +323,69 @@ pub struct HistoryParams {
     pub limit: Option<u32>,
     /// From the previous page.
     pub cursor: Option<String>,
+}
+
+/// What a rebuild may be told.
+#[derive(ToSchema)]
+pub struct Rebuild {
+    /// The only node to fetch from; default: a replica, the leader if there is none.
+    pub from: Option<String>,
+}
+
+/// A job that goes on by itself, on one node.
+#[derive(ToSchema)]
+pub struct JobAnswer {
+    /// Its id.
+    #[schema(format = "uuid")]
+    pub id: String,
+    /// `rebuild`.
+    pub kind: String,
+    /// Name of the node.
+    pub node: String,
+    /// `running`, `waiting`, `finished` or `failed`.
+    pub state: String,
+    /// What is being done, for example `pulling`.
+    pub step: String,
+    /// What it waits for, or why it was begun.
+    pub detail: String,
+    /// Whether the node began by itself.
+    pub automatic: bool,
+    /// The node the files come from.
+    pub from: Option<String>,
+    /// The Raft id under which the node comes back.
+    pub fresh_id: Option<u64>,
+    /// Bytes of the checkpoint that are there.
+    pub bytes_done: u64,
+    /// Bytes of the checkpoint; 0 before it is known.
+    pub bytes_total: u64,
+    /// Entries of the leader's log that are missing.
+    pub entries_behind: Option<u64>,
+    /// Seconds until the files are there, at the pace so far.
+    pub eta_s: Option<u64>,
+    /// When it began, Unix milliseconds.
+    pub began_unix_ms: u64,
+    /// How long it took or has taken, milliseconds.
+    pub ms: u64,
+}
+
+/// What rebuilds have put away.
+#[derive(ToSchema)]
+pub struct QuarantineAnswer {
+    /// The oldest first.
+    pub folders: Vec<QuarantineFolder>,
+}
+
+/// The old files of a rebuilt node.
+#[derive(ToSchema)]
+pub struct QuarantineFolder {
+    /// Name below `<data_dir>/quarantine/`.
+    pub name: String,
+    /// Why they are there.
+    pub what: String,
+    /// Since when, Unix milliseconds.
+    pub since_unix_ms: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// When they will be removed, Unix milliseconds; absent: never.
+    pub expires_unix_ms: Option<u64>,
 }

@@ -3,7 +3,8 @@
 //! A loop of our own over hyper, because the bounds belong here: how many connections, how large a
 //! header, how long a silence. A panic in a handler becomes a 500 and ends nothing else. On shutdown
 //! the listener closes first, idle connections go at once, and requests in flight are finished and
-//! answered with `Connection: close`.
+//! answered with `Connection: close`. When the disk hangs for good the same happens in less time, and
+//! what is left is cut.
 
 use std::{convert::Infallible, future::Future, io, panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::Duration};
 
@@ -31,7 +32,7 @@ use super::{
     problem::{Kind, Problem},
     router,
 };
-use crate::node::Node;
+use crate::node::{ANSWER_MAX, Node};
 
 /// Largest request header, in bytes: twice the longest query string. Clients send a few hundred.
 const HEADER_BYTES_MAX: usize = 2 * super::params::QUERY_BYTES_MAX;
@@ -56,10 +57,11 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Added to the request deadline when requests in flight are waited for at shutdown.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(1);
 
-/// Serves the API on `listener` until `shutdown`, then finishes what is in flight.
+/// Serves the API on `listener` until `shutdown`, then finishes what is in flight. A node that is fenced meanwhile takes
+/// no connection any more; this returns with `shutdown` all the same.
 ///
 /// # Errors
-/// Only if the listener's own address cannot be read. Failures of single connections end those.
+/// Only if the listener's own address cannot be read, or no descriptor is left to hold it. Failures of single connections end those.
 pub async fn serve(listener: TcpListener, node: Arc<Node>, shutdown: CancellationToken) -> io::Result<()> {
     let address = listener.local_addr()?;
     let config = node.config();
@@ -69,6 +71,10 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, shutdown: Cancellatio
         write: WRITE_PATIENCE,
     };
     let finish_within = Duration::from_millis(config.cluster.request_deadline_ms) + SHUTDOWN_MARGIN;
+    let (fenced, cut) = (node.fenced(), CancellationToken::new());
+    // One sign for the connections, whatever the reason.
+    let closing = shutdown.child_token();
+    let door = node.door(&listener)?;
     let connections_max = config.http.connections_max;
     let connections = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
@@ -79,6 +85,7 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, shutdown: Cancellatio
         let accepted = tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
+            () = fenced.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         let stream = match accepted {
@@ -92,10 +99,10 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, shutdown: Cancellatio
         };
         match Arc::clone(&connections).try_acquire_owned() {
             Ok(permit) => {
-                let connection =
-                    serve_connection(stream, router.clone(), Arc::clone(&node), patience, shutdown.clone());
+                let connection = serve_connection(stream, router.clone(), Arc::clone(&node), patience, closing.clone());
+                let cut = cut.clone();
                 tasks.spawn(async move {
-                    connection.await;
+                    cut.run_until_cancelled(connection).await;
                     drop(permit);
                 });
             }
@@ -110,9 +117,26 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, shutdown: Cancellatio
         }
     }
     drop(listener);
+    drop(door);
     tasks.close();
-    if timeout(finish_within, tasks.wait()).await.is_err() {
+    closing.cancel();
+    let fencing = async {
+        fenced.cancelled().await;
+        tokio::time::sleep(ANSWER_MAX).await;
+    };
+    let finished = tokio::select! {
+        finished = timeout(finish_within, tasks.wait()) => finished.is_ok(),
+        () = fencing => false,
+    };
+    if !finished {
         tracing::warn!(connections = tasks.len(), "requests in flight did not finish in time");
+    }
+    if fenced.is_cancelled() {
+        cut.cancel();
+        tasks.wait().await;
+        node.clients_are_gone();
+        // The process cannot end yet, and this is not its reason to.
+        shutdown.cancelled().await;
     }
     Ok(())
 }

@@ -161,6 +161,8 @@ fn answer(submitted: &Submitted, write: Write, commands_max: u64) -> Result<Resp
     let receipts = match &submitted.outcome.outcome {
         Outcome::Applied(receipts) => receipts,
         Outcome::Refused(refusal) => return Err(mapping::refusal(refusal, commands_max)),
+        // Only nodes ask for permits.
+        Outcome::Permit(_) => return Err(Problem::new(Kind::Internal, "The node mixed up two outcomes.")),
     };
     let replayed = submitted.outcome.replayed;
     let written = |receipt: &Receipt| Written {

@@ -18,7 +18,7 @@ use super::listing::each_fact;
 use crate::judge::{Fact, Lane, NodeFacts, ReadOutcome, Recorder, Seen, WriteOutcome};
 
 /// How long one write is repeated before the client gives it up as unknown.
-const WRITE_PATIENCE: Duration = Duration::from_secs(60);
+const WRITE_PATIENCE: Duration = Duration::from_secs(180);
 
 /// Pause after an attempt that was answered with "not now".
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);

@@ -16,6 +16,7 @@
 //! | 5 | this machine: a taken port, a folder that is locked or unusable, a log that refuses to open, a process that ended |
 //! | 6 | the server's configuration is wrong |
 //! | 7 | `serve`: the node ran and could not go on; the reason is in its log |
+//! | 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`, and the node closed its doors; start it again |
 //! | 141 | the reader of the output went away |
 
 pub mod bench;
@@ -37,6 +38,7 @@ mod listing;
 pub mod local_cluster;
 mod local_config;
 pub mod output;
+pub mod rebuild;
 pub mod serve;
 pub mod status;
 mod stdin_watch;
@@ -55,7 +57,7 @@ use http_client::Endpoint;
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 done, and something is not as it should be (unhealthy cluster, finding, difference);
 2 wrong arguments; 3 no node answered; 4 refused or wrong input; 5 this machine (port, folder, process);
-6 wrong configuration; 7 serve: the node ran and could not go on; 141 the reader of the output went away.";
+6 wrong configuration; 7 serve: the node ran and could not go on; 8 serve: the disk hung for too long; 141 the reader of the output went away.";
 
 /// Endpoints used when neither `--endpoints` nor `STEMEDB_ENDPOINTS` is given: those of `stemedb dev`.
 pub const ENDPOINTS_DEFAULT: &str = "127.0.0.1:18180,127.0.0.1:18181,127.0.0.1:18182";
@@ -128,6 +130,8 @@ enum Command {
     Dev(dev::DevArgs),
     /// Show the cluster's nodes
     Status(status::StatusArgs),
+    /// Make a node anew from a replica
+    Rebuild(rebuild::RebuildArgs),
     /// Load a file of assertions, exactly once, resumable
     Import(import::ImportArgs),
     /// Compare what the cluster holds with a file that was imported
@@ -216,6 +220,7 @@ fn run(command: Command) -> ExitCode {
             Command::Serve(args) => return serve_node(&args).await,
             Command::Dev(args) => dev::run(&args).await,
             Command::Status(args) => status::run(&args).await,
+            Command::Rebuild(args) => rebuild::run(&args).await,
             Command::Import(args) => import::run(&args).await,
             Command::ImportCheck(args) => import_check::run(&args).await,
             Command::Bench(args) => bench::run(&args).await,

@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use tokio::{
@@ -33,6 +34,11 @@ const EXIT_CANNOT_START: u8 = 5;
 const EXIT_CONFIG: u8 = 6;
 /// It started and could not go on.
 const EXIT_FAILED: u8 = 7;
+/// Its disk hung for so long that it closed its doors.
+const EXIT_FENCED: u8 = 8;
+
+/// How long the last file may take to be removed. The disk may hang by then.
+const PID_FILE_MAX: Duration = Duration::from_secs(1);
 
 /// Runs a node until it is told to stop. Returns an exit code as documented in `cli`; the reason is in
 /// the log.
@@ -42,7 +48,7 @@ pub async fn run(config: Arc<Config>) -> ExitCode {
         Err(failure) => {
             match &failure {
                 Failure::Start(why) | Failure::Config(why) => tracing::error!("cannot start: {why}"),
-                Failure::Run(why) => tracing::error!("cannot go on: {why}"),
+                Failure::Run(why) | Failure::Fenced(why) => tracing::error!("cannot go on: {why}"),
             }
             ExitCode::from(failure.exit_code())
         }
@@ -54,6 +60,7 @@ enum Failure {
     Start(String),
     Config(String),
     Run(String),
+    Fenced(String),
 }
 
 impl Failure {
@@ -62,6 +69,7 @@ impl Failure {
             Failure::Start(_) => EXIT_CANNOT_START,
             Failure::Config(_) => EXIT_CONFIG,
             Failure::Run(_) => EXIT_FAILED,
+            Failure::Fenced(_) => EXIT_FENCED,
         }
     }
 }
@@ -117,8 +125,16 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
     let stop_http = CancellationToken::new();
     let serving = tokio::spawn(api::serve(http, Arc::clone(&node), stop_http.clone()));
     let ended = wait_for_end(&node, serving, stop_http).await;
+    if node.fenced().is_cancelled() {
+        // Nothing of it may be waited for, nor may its end be: both could need the disk. What lies on it is as after a
+        // crash.
+        std::mem::forget(Arc::clone(&node));
+        return ended.and(Err(Failure::Fenced("the disk hung for too long, and this process was fenced".into())));
+    }
     node.shutdown().await;
-    pid.remove().await;
+    if tokio::time::timeout(PID_FILE_MAX, pid.remove()).await.is_err() {
+        tracing::warn!("the pid file could not be removed in time");
+    }
     ended
 }
 
@@ -134,6 +150,9 @@ async fn wait_for_end(
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
         why = node.wait_fatal() => Err(Failure::Run(why)),
+        () = node.wait_fence_over() => {
+            return Err(Failure::Fenced("the disk answers again after this process was fenced; it recovers when it is started anew".into()));
+        }
         ended = &mut serving => {
             return Err(Failure::Run(match ended {
                 Ok(Ok(())) => "the HTTP server ended by itself".into(),
@@ -213,6 +232,10 @@ mod tests {
             (Failure::Start(String::new()), "//! | 5 | this machine: a taken port, a folder"),
             (Failure::from(StartError::Config(String::new())), "//! | 6 | the server's configuration is wrong"),
             (Failure::Run(String::new()), "//! | 7 | `serve`: the node ran and could not go on"),
+            (
+                Failure::Fenced(String::new()),
+                "//! | 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`",
+            ),
         ] {
             assert!(line.starts_with(&format!("//! | {} |", failure.exit_code())) && documented.contains(line));
         }

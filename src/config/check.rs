@@ -77,6 +77,10 @@ fn clocks(config: &Config, reject: &mut Reject<'_>) {
         let what = format!("{} is not above election_min_ms = {}", cluster.election_max_ms, cluster.election_min_ms);
         reject("cluster.election_max_ms", what, format!("more than {}", cluster.election_min_ms));
     }
+    if cluster.stall_fence_ms <= cluster.stall_handoff_ms {
+        let what = format!("{} is not above stall_handoff_ms = {}", cluster.stall_fence_ms, cluster.stall_handoff_ms);
+        reject("cluster.stall_fence_ms", what, format!("more than {}", cluster.stall_handoff_ms));
+    }
     if cluster.request_deadline_ms <= cluster.election_max_ms {
         let what = format!(
             "{} is not above election_max_ms = {}: no request would outlive an election",

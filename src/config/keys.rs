@@ -191,6 +191,30 @@ pub static KEYS: &[Key] = &[
         "Most bytes of waiting commands.",
     ),
     key(
+        "cluster",
+        "stall_handoff_ms",
+        number(|c| &mut c.cluster.stall_handoff_ms, 20, 60_000, "ms"),
+        "A sync or write that takes longer makes the node give leadership away and answer through others.",
+    ),
+    key(
+        "cluster",
+        "stall_fence_ms",
+        number(|c| &mut c.cluster.stall_fence_ms, 50, 600_000, "ms"),
+        "One that takes longer makes the node close its listeners and connections for good; above stall_handoff_ms.",
+    ),
+    key(
+        "cluster",
+        "slow_fsync_ms",
+        number(|c| &mut c.cluster.slow_fsync_ms, 1, 60_000, "ms"),
+        "99th percentile of the log's syncs from which on the disk counts as slow, and had better not lead.",
+    ),
+    key(
+        "cluster",
+        "auto_rebuild",
+        Kind::Bool(|c| &mut c.cluster.auto_rebuild),
+        "Lets this node rebuild itself from a replica when its disk fails or its files are lost, twice a day at most.",
+    ),
+    key(
         "wal",
         "log_fsync_errors",
         Kind::Bool(|c| &mut c.wal.log_fsync_errors),
@@ -302,6 +326,19 @@ pub static KEYS: &[Key] = &[
         number(|c| &mut c.storage.ballast_mb, 0, 1024 * 1024, "MiB"),
         "Most space taken beforehand by the file ballast, which is let go when the disk is full; never more than 1 % \
          of the disk, 0 for none.",
+    ),
+    key(
+        "rebuild",
+        "throttle_mb_per_s",
+        number(|c| &mut c.rebuild.throttle_mb_per_s, 0, 100_000, "MB/s"),
+        "How fast a rebuild fetches its files while their sender serves clients; 0 is no limit. An idle sender is never \
+         held back.",
+    ),
+    key(
+        "rebuild",
+        "quarantine_days",
+        Kind::Limit { field: |c| &mut c.rebuild.quarantine_days, max: 3650, unit: "days" },
+        "Age at which the old files of a rebuilt node are removed from quarantine/.",
     ),
     not_yet(
         key(

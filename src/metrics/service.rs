@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use prometheus::{Histogram, HistogramVec, IntCounterVec, IntGauge};
+use prometheus::{Histogram, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::Metrics;
 use super::register::Register;
@@ -25,7 +25,12 @@ pub(super) struct ServiceMetrics {
     parked_bytes: IntGauge,
     requests: IntCounterVec,
     request_duration: HistogramVec,
+    disk_state: IntGaugeVec,
 }
+
+/// The states of a disk, as in `/v1/health`.
+pub const DISK_STATES: [&str; 7] = [DISK_OK, "slow", "full", "stalled", "failed", "rebuilding", "fenced"];
+const DISK_OK: &str = "ok";
 
 /// This node's place in the cluster at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,7 +49,13 @@ pub struct RaftFigures {
 
 impl ServiceMetrics {
     pub(super) fn new(register: &mut Register) -> Self {
+        let disk_state =
+            register.gauges("stemedb_disk_state", "1 for the state that the disk is in, 0 for the others.", &["state"]);
+        for state in DISK_STATES {
+            disk_state.with_label_values(&[state]).set(i64::from(state == DISK_OK));
+        }
         ServiceMetrics {
+            disk_state,
             raft_term: register.gauge("stemedb_raft_term", "The current term."),
             raft_is_leader: register.gauge("stemedb_raft_is_leader", "1 while this node leads, else 0."),
             raft_has_leader: register.gauge("stemedb_raft_has_leader", "1 while this node knows a leader, else 0."),
@@ -86,6 +97,13 @@ impl Metrics {
         service.raft_applied_index.set(gauge(raft.applied_index));
     }
 
+    /// The disk is in this state, one of [`DISK_STATES`].
+    pub fn set_disk_state(&self, state: &str) {
+        for known in DISK_STATES {
+            self.service.disk_state.with_label_values(&[known]).set(i64::from(known == state));
+        }
+    }
+
     /// The proposer packed this many commands into one entry.
     pub fn entry_proposed(&self, commands: usize) {
         self.service.commands_per_entry.observe(commands as f64);
@@ -121,6 +139,8 @@ mod tests {
             applied_index: 8,
         });
         metrics.set_parked(2, 300);
+        assert_eq!(value(&metrics, "stemedb_disk_state{state=\"ok\"}"), 1.0);
+        metrics.set_disk_state("stalled");
         metrics.entry_proposed(5);
         metrics.http_request("/v1/assertions/{id}", 404, Duration::from_millis(1));
         for (name, expected) in [
@@ -129,6 +149,8 @@ mod tests {
             ("stemedb_raft_has_leader", 1.0),
             ("stemedb_raft_last_log_index", 9.0),
             ("stemedb_raft_applied_index", 8.0),
+            ("stemedb_disk_state{state=\"ok\"}", 0.0),
+            ("stemedb_disk_state{state=\"stalled\"}", 1.0),
             ("stemedb_parked_commands", 2.0),
             ("stemedb_parked_bytes", 300.0),
             ("stemedb_proposer_commands_per_entry_sum", 5.0),

@@ -147,6 +147,18 @@ impl WalObserver for Metrics {
         }
     }
 
+    fn write_failed(&self, operation: &'static str, file: &str, error: &io::Error) {
+        self.wal.use_segment(file);
+        self.wal.fsync_errors.with_label_values(&[file]).inc();
+        let os_error = error.raw_os_error();
+        tracing::error!(
+            segment = file,
+            operation,
+            os_error,
+            "WAL write error: {operation} {file}: {error}; it is not tried again"
+        );
+    }
+
     fn segment_rotated(&self) {
         self.wal.rotations.inc();
     }
@@ -224,6 +236,8 @@ mod tests {
         let line = "Failed to fsync WAL segment segment.001.wal: fsync failed: Input/output error (os error 5)";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("WAL write error") && text.contains("os_error=5"), "{text}");
+        let text = logged(|| metrics.write_failed("write", "segment.001.wal", &error));
+        assert!(text.contains("WAL write error: write segment.001.wal: Input/output error (os error 5)"), "{text}");
         metrics.set_log_fsync_errors(false);
         let text = logged(|| metrics.fsync_failed("segment.001.wal", &error));
         assert!(text.contains(line) && !text.contains("WAL write error"), "{text}");

@@ -38,9 +38,10 @@ impl EntryApplier for NodeApplier {
     fn apply(
         &mut self,
         read: &dyn StateRead,
+        log_index: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError> {
-        self.applier.apply(read, body)
+        self.applier.apply(read, log_index, body)
     }
 
     fn save_keys(&mut self) -> Result<WriteBatch, EngineError> {

@@ -20,9 +20,23 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    applier::NodeApplier, boots::SeenBoots, bootstrap::Assignment, disk::DiskHealth, forward::Forwarders,
-    freshness::Freshness, identity::Identity, log_time::Applied, park::Park, peers::Peers, proposer::Proposer,
-    proposer::Surroundings, read_index::Rounds, room::Admission, space_watch::SpaceWatch, submit_rules::Leader,
+    applier::NodeApplier,
+    boots::SeenBoots,
+    bootstrap::Assignment,
+    disk::{DiskState, DiskWatch},
+    forward::Forwarders,
+    freshness::Freshness,
+    identity::Identity,
+    log_time::Applied,
+    park::Park,
+    peers::Peers,
+    proposer::Proposer,
+    proposer::Surroundings,
+    read_index::Rounds,
+    rebuild::{Need, desk::Desk},
+    room::Admission,
+    space_watch::SpaceWatch,
+    submit_rules::Leader,
     vital::Vital,
 };
 use crate::{
@@ -173,7 +187,7 @@ pub struct Shared {
     /// Contacts with leaders.
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
-    pub disk: watch::Sender<DiskHealth>,
+    pub disk: DiskWatch,
     /// How much room there is in the data folder.
     pub space: SpaceWatch,
     /// What this node, when it leads, takes from clients.
@@ -186,6 +200,10 @@ pub struct Shared {
     pub stop: CancellationToken,
     /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
     pub core_stop: CancellationToken,
+    /// Where the rebuild of this node shows its progress.
+    pub desk: Arc<Desk>,
+    /// What is wrong that a rebuild cures, once that is known.
+    pub need: watch::Sender<Option<Need>>,
     /// Why the core was ended on purpose, once that is so.
     pub retired: OnceLock<String>,
     /// The requests of clients that this incarnation has taken and not yet answered.
@@ -219,19 +237,23 @@ impl Shared {
         if let Some(why) = self.retired.get() {
             return Some(why.clone());
         }
+        if let Some(need) = &*self.need.borrow() {
+            return Some(need.why().to_owned());
+        }
         if let Some(latched) = self.wal().and_then(WalHandle::latched) {
             return Some(latched.to_string());
         }
         if let Some(error) = self.core.get().and_then(|core| core.state.failed()) {
             return Some(error.to_string());
         }
-        self.disk.borrow().silences().map(str::to_owned)
+        self.disk.health().silenced()
     }
 
     /// Why this node must not take leadership over, if so.
     pub fn may_not_lead(&self) -> Option<String> {
         let leaving = self.leaving.load(Ordering::Relaxed).then(|| "this node is about to stop".to_owned());
-        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended())
+        let full = || self.disk.is(DiskState::Full).then(|| "the disk of this node is full".to_owned());
+        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended()).or_else(full)
     }
 
     /// Log time now, by this node's estimate.

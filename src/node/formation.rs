@@ -34,6 +34,21 @@ pub enum Formed {
     Initialize(BTreeMap<u64, Member>),
 }
 
+/// Why a node must not start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FormError {
+    /// The cluster exists and this folder has nothing: only a rebuild brings the node back.
+    AlreadyMember(String),
+    /// Anything else.
+    Refused(String),
+}
+
+impl From<String> for FormError {
+    fn from(why: String) -> FormError {
+        FormError::Refused(why)
+    }
+}
+
 /// The configured list, with this node alone when it is empty.
 pub fn effective_peers(config: &crate::config::Config, own_peer_addr: &str, own_http_addr: &str) -> Vec<PeerEntry> {
     if !config.cluster.peers.is_empty() {
@@ -93,23 +108,24 @@ pub async fn form(
     peers: &[PeerEntry],
     own_position: usize,
     assignments: &mut mpsc::Receiver<AssignRequest>,
-) -> Result<Formed, String> {
+) -> Result<Formed, FormError> {
     let mut waiting_said: Option<(Vec<String>, tokio::time::Instant)> = None;
     loop {
         let heard = tokio::select! {
             biased;
             request = assignments.recv() => {
-                let Some((assignment, reply)) = request else { return Err("the node is stopping".into()) };
+                let Some((assignment, reply)) = request else { return Err(FormError::Refused("the node is stopping".into())) };
                 let taken = place.take(assignment.cluster_id, assignment.raft_id).await;
                 // The forming node asks again when this answer is lost.
                 let _ = reply.send(taken.clone());
-                return taken.map(|()| Formed::Assigned);
+                return taken.map(|()| Formed::Assigned).map_err(FormError::Refused);
             }
             heard = probe_all(place.shared, peers, own_position) => heard,
         };
         let own_cluster = (**place.shared.identity.load()).as_ref().map(|id| id.cluster_id);
         match decide(peers, own_position, own_cluster, &heard) {
-            Decision::Refuse(why) => return Err(why),
+            Decision::Refuse(why) if has_members(&heard, own_cluster) => return Err(FormError::AlreadyMember(why)),
+            Decision::Refuse(why) => return Err(FormError::Refused(why)),
             Decision::AwaitAssignment => {
                 say_waiting(&mut waiting_said, vec!["the first node of the list to form the cluster".into()])
             }
@@ -126,10 +142,18 @@ pub async fn form(
             }
         }
         tokio::select! {
-            () = place.shared.stop.cancelled() => return Err("the node is stopping".into()),
+            () = place.shared.stop.cancelled() => return Err(FormError::Refused("the node is stopping".into())),
             () = tokio::time::sleep(PROBE_INTERVAL) => {}
         }
     }
+}
+
+/// Whether a peer is a working member of a cluster that this node may belong to.
+fn has_members(heard: &[Heard], own_cluster: Option<ClusterId>) -> bool {
+    heard.iter().any(|heard| match heard {
+        Heard::Answer(ProbeAnswer::Member { cluster_id, .. }) => own_cluster.is_none_or(|own| own == *cluster_id),
+        _ => false,
+    })
 }
 
 fn say_waiting(said: &mut Option<(Vec<String>, tokio::time::Instant)>, whom: Vec<String>) {
@@ -154,7 +178,8 @@ async fn probe_all(shared: &Shared, peers: &[PeerEntry], own_position: usize) ->
     .await
 }
 
-async fn probe(shared: &Shared, addr: &str) -> Result<ProbeAnswer, String> {
+/// Asks whoever answers at `addr` where it stands.
+pub async fn probe(shared: &Shared, addr: &str) -> Result<ProbeAnswer, String> {
     let body = pack(&()).map_err(|e| e.to_string())?;
     let answer = shared.peers.probe(addr).call(Kind::Probe.number(), body, PROBE_REPLY_MAX).await;
     unpack(&answer.map_err(|e| e.to_string())?).map_err(|e| e.to_string())

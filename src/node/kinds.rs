@@ -13,6 +13,8 @@ pub enum Kind {
     Probe = 1,
     /// Take this place in the cluster that is being formed. `Assignment` → `()`.
     Assign = 2,
+    /// May I rebuild? `rebuild::messages::Ask` → `AskReply`. An emptied node has no identity.
+    RebuildAsk = 3,
     /// Raft: `AppendEntriesRequest` → `AppendEntriesResponse`; heartbeats are the same without entries.
     Append = 16,
     /// Raft: `VoteRequest` → `VoteResponse`.
@@ -29,18 +31,27 @@ pub enum Kind {
     Status = 34,
     /// What do you know of these log entries? `EntryQuestions` → `EntryAnswers`. Answered before the own log is whole.
     Entries = 40,
+    /// Where does your log end? Behind the appends on the same connection. `()` → `LogEndReply`.
+    LogEnd = 35,
     /// Opens a checkpoint: `CheckpointOpen` → `CheckpointAccepted`.
     CheckpointOpen = 48,
     /// A piece of it: `CheckpointChunk` → `()`.
     CheckpointChunk = 49,
     /// All pieces were sent; install it: `CheckpointInstall` → `SnapshotResponse`.
     CheckpointInstall = 50,
+    /// What could you send to a node that rebuilds? `OfferRequest` → `Offer`.
+    CheckpointOffer = 51,
+    /// A piece of it: `FetchRequest` → `Piece`.
+    CheckpointFetch = 52,
+    /// A step of a rebuild that the leader takes: `StepRequest` → `StepReply`.
+    RebuildStep = 53,
 }
 
 /// Every kind with its lane.
-pub const KINDS: [(Kind, Lane); 13] = [
+pub const KINDS: [(Kind, Lane); 18] = [
     (Kind::Probe, Lane::Control),
     (Kind::Assign, Lane::Control),
+    (Kind::RebuildAsk, Lane::Control),
     // Heartbeats on `Control`, entries on `Log`.
     (Kind::Append, Lane::Log),
     (Kind::Vote, Lane::Control),
@@ -51,9 +62,13 @@ pub const KINDS: [(Kind, Lane); 13] = [
     (Kind::Status, Lane::Control),
     // On `Bulk`, because copies of entries may be large.
     (Kind::Entries, Lane::Bulk),
+    (Kind::LogEnd, Lane::Log),
     (Kind::CheckpointOpen, Lane::Bulk),
     (Kind::CheckpointChunk, Lane::Bulk),
     (Kind::CheckpointInstall, Lane::Bulk),
+    (Kind::CheckpointOffer, Lane::Bulk),
+    (Kind::CheckpointFetch, Lane::Bulk),
+    (Kind::RebuildStep, Lane::Control),
 ];
 
 impl Kind {
@@ -75,10 +90,10 @@ mod tests {
     #[test]
     fn numbers_are_frozen_unique_and_probes_are_below_the_bound() {
         let numbers: Vec<u16> = KINDS.iter().map(|(kind, _)| kind.number()).collect();
-        assert_eq!(numbers, [1, 2, 16, 17, 18, 19, 32, 33, 34, 40, 48, 49, 50]);
+        assert_eq!(numbers, [1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 40, 35, 48, 49, 50, 51, 52, 53]);
         for (kind, _) in KINDS {
             assert_eq!(Kind::of(kind.number()), Some(kind));
-            let probe = matches!(kind, Kind::Probe | Kind::Assign);
+            let probe = matches!(kind, Kind::Probe | Kind::Assign | Kind::RebuildAsk);
             assert_eq!(probe, kind.number() < stemedb_net::PROBE_KINDS);
         }
         assert_eq!(Kind::of(0), None);

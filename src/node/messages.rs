@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use stemedb_raft::{
     EntryAnswer, EntryQuestion,
     codec::{self, CodecError},
+    types::{LogId, StoredMembership},
 };
 
 use super::{
@@ -147,6 +148,21 @@ pub struct StatusReply {
     pub replication: Option<BTreeMap<u64, Lag>>,
     /// How much room its data folder has.
     pub room: RoomReport,
+    /// Why it would not take leadership over, if so.
+    pub may_not_lead: Option<String>,
+    /// 99th percentile of its log's syncs of the last seconds, milliseconds; `None` when there were none.
+    pub fsync_p99_ms: Option<u64>,
+    /// The members of the cluster as it knows them; `None` when it knows none.
+    pub membership: Option<StoredMembership>,
+}
+
+/// Answer to `Kind::LogEnd`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEndReply {
+    /// The last entry of its log, all appends included that had arrived on the same connection before.
+    pub last_log_id: Option<LogId>,
+    /// Why it would not take leadership over, if so.
+    pub may_not_lead: Option<String>,
 }
 
 /// How far a member's log is behind the leader's.

@@ -20,6 +20,7 @@ mod checkpoint_receive;
 mod checkpoint_send;
 pub mod core;
 pub mod disk;
+mod fence;
 mod files;
 mod formation;
 mod forward;
@@ -33,14 +34,17 @@ pub mod park;
 mod peers;
 pub mod process;
 pub mod proposer;
+mod proxy;
 mod read;
 mod read_index;
+pub mod rebuild;
 pub mod rebuild_from_wal;
 mod repair;
 pub mod room;
 mod room_watch;
 mod rpc_server;
 mod scrub;
+pub mod slow;
 pub mod space;
 pub mod space_watch;
 mod start;
@@ -51,20 +55,32 @@ mod transport;
 pub mod upkeep;
 pub mod vital;
 mod watch;
+pub mod watchdog;
 
 use std::sync::{Arc, Weak};
 
-use self::{core::Shared, process::Process};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    core::Shared,
+    process::Process,
+    rebuild::{desk::Desk, quarantine::Quarantined},
+};
 use crate::{
     config::Config,
-    metrics::{Metrics, RaftFigures, TreeFigures},
+    metrics::{Metrics, RaftFigures, RebuildFigures, TreeFigures},
     state::command::{CommandKey, Operation},
     store_helpers::StoreView,
 };
 
 pub use self::{
+    fence::{ANSWER_MAX, Door},
     files::is_full,
     read::{Consistency, ReadError},
+    rebuild::{
+        desk::{JobReport, JobState},
+        order::OrderError,
+    },
     start::{Ground, StartError},
     status::{ClusterReport, Health, MemberReport},
     submit::{SubmitError, Submitted, shortages_text},
@@ -141,9 +157,19 @@ impl Node {
         status::leads_with_quorum(&self.shared())
     }
 
-    /// Whether its disk has failed: it answers through others then.
+    /// Whether its disk has failed or hangs: it answers through others then.
     pub fn has_failed(&self) -> bool {
         self.shared().silenced().is_some()
+    }
+
+    /// Returns once that is so, with the reason.
+    pub async fn wait_silent(&self) -> String {
+        let shared = self.shared();
+        if let Some(why) = shared.silenced() {
+            return why;
+        }
+        shared.disk.silences().await;
+        shared.silenced().unwrap_or_default()
     }
 
     /// `host:port` of the HTTP listeners of the other members, the leader's first.
@@ -154,6 +180,27 @@ impl Node {
     /// Entries committed by the leader and not applied here; `None` without recent contact.
     pub fn replica_lag_entries(&self) -> Option<u64> {
         status::replica_lag(&self.shared())
+    }
+
+    /// Makes the listener for clients known to the fence. To be dropped together with it.
+    pub fn door(&self, listener: &tokio::net::TcpListener) -> std::io::Result<Door> {
+        self.process.fence.door(fence::Side::Clients, listener)
+    }
+
+    /// Cancelled when the disk has hung for so long that clients must not be served here any more: not one new
+    /// connection, and those that are open end with their request.
+    pub fn fenced(&self) -> CancellationToken {
+        self.process.fence.closed().clone()
+    }
+
+    /// To be called once that is done.
+    pub fn clients_are_gone(&self) {
+        self.process.fence.clients_are_gone();
+    }
+
+    /// Returns when what the node was fenced for has ended: the process can end, and must not go on.
+    pub async fn wait_fence_over(&self) {
+        self.process.fence.over().cancelled().await;
     }
 
     /// The node's name.
@@ -174,6 +221,39 @@ impl Node {
     /// What the engine holds and has done; `None` before the state is open or when it failed.
     pub fn engine_stats(&self) -> Option<crate::state::engine::lsm::EngineStats> {
         self.shared().core.get()?.state.engine().stats().ok()
+    }
+
+    /// Orders a rebuild of this node, from the named one alone if one is named. The answer is the job's id.
+    pub async fn order_rebuild(&self, from: Option<String>) -> Result<String, OrderError> {
+        rebuild::order::order(&self.process, from).await
+    }
+
+    /// `host:port` of the HTTP listener of another member, if it is known.
+    pub fn http_addr_of(&self, name: &str) -> Option<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        let listed = || self.process.peers.iter().find(|peer| peer.name == name).map(|peer| peer.http.clone());
+        let known = view.membership.nodes().map(|(_, m)| m).find(|m| m.name == name).map(|m| m.http_addr.clone());
+        known.or_else(listed).filter(|addr| !addr.is_empty())
+    }
+
+    /// Names of the other members.
+    pub fn other_names(&self) -> Vec<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        view.membership.nodes().map(|(_, m)| m.name.clone()).filter(|name| name != self.name()).collect()
+    }
+
+    /// What rebuilds have put away on this node, the oldest first.
+    pub async fn quarantine(&self) -> Result<Vec<Quarantined>, String> {
+        let (data_dir, days) = (self.process.config.node.data_dir.clone(), self.process.config.rebuild.quarantine_days);
+        let listed = tokio::task::spawn_blocking(move || rebuild::quarantine::list(&data_dir, days)).await;
+        listed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+    }
+
+    /// Where the progress of a rebuild is read.
+    pub fn jobs(&self) -> &Desk {
+        &self.process.desk
     }
 
     /// Returns once the node has found out that it cannot serve or go on, with the reason: for
@@ -197,6 +277,14 @@ impl Node {
 
 fn fill_metrics(process: &Weak<Process>, metrics: &Metrics) {
     let Some(shared) = process.upgrade().and_then(|process| process.current()) else { return };
+    let job = shared.desk.current();
+    metrics.set_rebuild(job.map_or_else(RebuildFigures::default, |job| RebuildFigures {
+        running: true,
+        waiting: job.state == JobState::Waiting,
+        bytes_done: job.bytes_done,
+        bytes_total: job.bytes_total,
+        entries_behind: job.entries_behind.unwrap_or_default(),
+    }));
     metrics.set_parked(shared.park.commands_held(), shared.park.bytes_held());
     let Some(wal) = shared.wal() else { return };
     metrics.set_wal(wal.bytes_on_disk(), wal.segment_count());

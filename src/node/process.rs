@@ -11,28 +11,33 @@
 //! its clients keep their connections, and so its HTTP side talks to the current incarnation only.
 
 use std::{
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
 use stemedb_net::{Limits, Listener, LocalIdentity};
-use stemedb_raft::disk::Disk;
+use stemedb_raft::{disk::Disk, io_times::IoTimes};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     boots::SeenBoots,
     core::Shared,
+    fence::{Fence, Side},
     identity::FolderLock,
     park::Park,
+    rebuild::{self, desk::Desk, journal::Journal, offer::Offers},
     room_watch,
     rpc_server::PeerService,
     space_watch::SpaceWatch,
     start::{self, Ground, StartError},
     vital::Vital,
+    watchdog,
 };
 use crate::{
+    admin::rebuild::Phase,
     config::{Config, PeerEntry},
     metrics::Metrics,
 };
@@ -40,6 +45,9 @@ use crate::{
 /// How long a stopping node waits for the owner of its state to finish: one entry or one checkpoint
 /// piece. Past that the files are left as a crash would leave them, which recovery is made for.
 const STATE_GONE_MAX: Duration = Duration::from_secs(10);
+
+/// How long all of that may take. A disk that hangs gives nothing back, and the process has to end all the same.
+const CLOSE_MAX: Duration = Duration::from_secs(15);
 
 /// The node as a process.
 pub struct Process {
@@ -57,8 +65,16 @@ pub struct Process {
     pub park: Park,
     /// The nodes that form the cluster, as configured; this node alone when none are.
     pub peers: Vec<PeerEntry>,
+    /// What the disk is busy with.
+    pub io_times: Arc<IoTimes>,
+    /// Closes the process when its disk hangs for good.
+    pub fence: Arc<Fence>,
     /// Cancelled when the process stops; every incarnation ends with it.
     pub stop: CancellationToken,
+    /// Where a rebuild is asked for and shown.
+    pub desk: Arc<Desk>,
+    /// Checkpoints offered to nodes that rebuild.
+    pub offers: Arc<Offers>,
     /// Tasks of the process, and why the node cannot go on at all, once that is so.
     pub vital: Vital,
     current: ArcSwapOption<Shared>,
@@ -70,6 +86,7 @@ impl Process {
     pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Process>, StartError> {
         let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
         let boots = SeenBoots::open(&config.node.data_dir)?;
+        let journal = Journal::load(&config.node.data_dir)?;
         let listener = match ground.peer_listener {
             Some(listener) => listener,
             None => start::bind(&config.peer_listen()).await?,
@@ -83,15 +100,44 @@ impl Process {
             space,
             boots,
             peers,
+            io_times: ground.io_times,
+            fence: Arc::default(),
             stop: CancellationToken::new(),
+            desk: Arc::default(),
+            offers: Arc::default(),
             vital: Vital::default(),
             current: ArcSwapOption::empty(),
             lock: Mutex::new(Some(lock)),
         });
-        process.serve_peers(listener);
+        let no_thread = |source| StartError::Io {
+            operation: "start the watchdog of",
+            path: process.config.node.data_dir.clone(),
+            source,
+        };
+        watchdog::start(&process).map_err(no_thread)?;
+        process.serve_peers(listener).map_err(StartError::PeerPort)?;
         process.watch_space();
-        match start::incarnate(&process, |shared| process.current.store(Some(Arc::clone(shared)))).await {
-            Ok(_) => Ok(process),
+        let early = |shared: &Arc<Shared>| process.current.store(Some(Arc::clone(shared)));
+        let incarnated = match &journal {
+            // From here to there no core may run under the old id.
+            Some(journal) if journal.phase < Phase::Installed => start::incarnate_proxy(&process, journal, early),
+            Some(journal) => match start::incarnate(&process, early).await {
+                // The new files are no voter's yet: they are fetched anew.
+                Err(error) => {
+                    tracing::error!(%error, "the rebuilt files do not start");
+                    let early = |shared: &Arc<Shared>| process.current.store(Some(Arc::clone(shared)));
+                    start::incarnate_proxy(&process, journal, early)
+                }
+                started => started,
+            },
+            None => start::incarnate(&process, early).await,
+        };
+        match incarnated {
+            Ok(_) => {
+                let rebuilding = rebuild::run(Arc::clone(&process), journal);
+                process.vital.spawn("the task that rebuilds the node", rebuilding);
+                Ok(process)
+            }
             Err(error) => {
                 process.shutdown().await;
                 Err(error)
@@ -115,12 +161,28 @@ impl Process {
         self.vital.spawn("the task that looks at the free space", self.space.clone().run(self.stop.clone(), blocked));
     }
 
-    fn serve_peers(self: &Arc<Self>, listener: TcpListener) {
+    fn serve_peers(self: &Arc<Self>, listener: TcpListener) -> io::Result<()> {
+        let door = self.fence.door(Side::Peers, &listener)?;
         let weak = Arc::downgrade(self);
         let local = move || weak.upgrade().map_or_else(LocalIdentity::default, |process| process.local());
         let service = Arc::new(PeerService::new(Arc::clone(self)));
-        let serving = Listener::serve(listener, Arc::new(local), service, Limits::default(), self.stop.clone());
-        self.vital.spawn("the peer port", serving);
+        let closed = self.stop.child_token();
+        let serving = Listener::serve(listener, Arc::new(local), service, Limits::default(), closed.clone());
+        self.vital.spawn("the peer port", async move {
+            serving.await;
+            drop(door);
+        });
+        let (fence, stop, weak) = (Arc::clone(&self.fence), self.stop.clone(), Arc::downgrade(self));
+        self.vital.spawn("the fence", async move {
+            if stop.run_until_cancelled(fence.run()).await.is_some() {
+                closed.cancel();
+                if let Some(shared) = weak.upgrade().and_then(|process| process.current()) {
+                    shared.forwarders.close();
+                    shared.peers.close();
+                }
+            }
+        });
+        Ok(())
     }
 
     /// Ends the core of an incarnation and closes its files; the incarnation goes on as a proxy. Returns once
@@ -155,7 +217,13 @@ impl Process {
             shared.vital.finished().await;
             shared.forwarders.close();
             shared.peers.close();
-            close_core(&shared).await;
+            let closed = close_core(&shared);
+            if tokio::time::timeout(CLOSE_MAX, closed).await.is_err() {
+                tracing::warn!("stopped, and the disk still holds what was begun on it");
+                // A thread that is stuck may yet write: the folder is free when the process is gone.
+                std::mem::forget(lock);
+                return;
+            }
         }
         tracing::info!("stopped");
         drop(lock);

@@ -131,6 +131,7 @@ pub fn command_bytes(command: &Command) -> usize {
             Operation::Vote(vote) => FACT + vote.voter.len() + text(&vote.reason),
             Operation::Epoch(epoch) => FACT + epoch.name.len() + text(&epoch.description) + text(&epoch.supersedes),
             Operation::Supersede(s) => FACT + text(&s.reason),
+            Operation::Rebuild(_) => 2 * FACT,
         }
 }
 

@@ -10,7 +10,6 @@ use tokio::time::Instant;
 
 use super::{
     core::{Core, LeaderInfo, Shared, leader_change},
-    disk::DiskState,
     kinds::Kind,
     messages::{ReadIndexReply, pack, unpack},
     read_index::RoundResult,
@@ -201,20 +200,19 @@ pub async fn remote_round(shared: Arc<Shared>) -> RoundResult {
 pub async fn wait_applied(shared: &Shared, index: u64, deadline: Instant) -> Result<(), ReadError> {
     let core: &Core = shared.core.get().ok_or_else(|| unavailable("this node is still starting"))?;
     let mut published = core.state.published();
-    let mut disk = shared.disk.subscribe();
     let reached = async {
         tokio::select! {
             biased;
             ended = published.wait_for(|state| state.applied_log_index >= Some(index)) => ended.map(|_| ()).ok(),
-            // It will not get there any more.
-            _ = disk.wait_for(|disk| disk.state == DiskState::Failed) => None,
+            // It will not get there any more, or nobody knows when.
+            () = shared.disk.silences() => None,
         }
     };
     let reached = tokio::time::timeout_at(deadline, reached).await.map(|ended| ended.is_some());
     match reached {
         Ok(true) => Ok(()),
         Ok(false) => Err(unavailable(match shared.silenced() {
-            Some(why) => format!("the disk of this node has failed ({why})"),
+            Some(why) => format!("the disk of this node does not work ({why})"),
             None => "this node is stopping".into(),
         })),
         Err(_) => Err(unavailable(format!(

@@ -91,11 +91,16 @@ async fn run(round: BoxedRound, mut waiting: mpsc::Receiver<oneshot::Sender<Roun
     }
 }
 
-/// One round at the leader: everything up to the answered index was committed when it began.
-pub async fn leader_round(raft: RaftNode) -> RoundResult {
-    match raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
-        Ok(linearizer) => Ok(linearizer.read_log_id().index()),
-        Err(error) => Err(error.to_string()),
+/// One round at the leader: everything up to the answered index was committed when it began. `silenced`: why this node
+/// must not speak as a leader, if so.
+pub async fn leader_round(raft: RaftNode, silenced: impl Fn() -> Option<String>) -> RoundResult {
+    if let Some(why) = silenced() {
+        return Err(why);
+    }
+    match (raft.get_read_linearizer(ReadPolicy::ReadIndex).await, silenced()) {
+        (Ok(linearizer), None) => Ok(linearizer.read_log_id().index()),
+        (Ok(_), Some(why)) => Err(why),
+        (Err(error), _) => Err(error.to_string()),
     }
 }
 

@@ -9,18 +9,20 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures_util::future::join_all;
 use stemedb_net::Lane;
 use stemedb_raft::{
-    Electorate, EntryAnswer, EntryQuestion, LostLog, OpenError, OpenStep, PendingLog, WalOptions, WalStore,
+    Electorate, EntryAnswer, EntryQuestion, LostLog, OpenError, OpenStep, PendingLog, WalStore,
     types::{Member, StoredMembership},
 };
 
 use super::{
+    bootstrap::ProbeAnswer,
     core::Shared,
+    formation,
     kinds::Kind,
     messages::{EntryAnswers, EntryQuestions, pack, unpack},
     process::Process,
     start::{StartError, blocking},
 };
-use crate::state::engine::checkpoint::Checkpoint;
+use crate::{config::PeerEntry, state::engine::checkpoint::Checkpoint};
 
 /// How often the peers are asked again.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
@@ -45,16 +47,15 @@ pub enum Begun {
 pub struct Asking {
     pending: PendingLog,
     applied: StoredMembership,
+    /// The nodes of the configuration: asked too, because the log may have lost who the members are. Only members
+    /// decide that an entry never was.
+    listed: Vec<PeerEntry>,
 }
 
 /// Opens the log, or finds out what it lacks. A log that is beyond repair, or of a single voter, is refused.
 pub async fn begin(process: &Process, shared: &Shared) -> Result<Begun, StartError> {
     let config = &process.config;
-    let mut options = WalOptions::new(config.wal_dir());
-    options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
-    options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
-    options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
-    options.observer = Arc::<crate::metrics::Metrics>::clone(&process.metrics);
+    let options = super::start::wal_options(process);
     let (disk, checkpoint_dir) = (Arc::clone(&process.disk), config.node.data_dir.join("checkpoint"));
     let step = blocking(move || WalStore::begin_open(disk, options)).await??;
     let OpenStep::AskPeers(pending) = step else { return Ok(Begun::Open(opened(step)?)) };
@@ -69,8 +70,13 @@ pub async fn begin(process: &Process, shared: &Shared) -> Result<Begun, StartErr
         move || pending.electorate(own, &applied).map(|electorate| (pending, electorate))
     })
     .await??;
+    let lists_nobody_else = process.peers.iter().all(|peer| peer.name == config.node.name);
+    if electorate.voters.is_empty() && lists_nobody_else {
+        // Who votes is in the damaged part, and nobody else was ever heard of.
+        return Err(pending.refusal().into());
+    }
     if !electorate.is_alone() {
-        return Ok(Begun::Asks(Box::new(Asking { pending, applied })));
+        return Ok(Begun::Asks(Box::new(Asking { pending, applied, listed: process.peers.clone() })));
     }
     let step = blocking(move || pending.resolve(&[], &electorate)).await??;
     Ok(Begun::Open(opened(step)?))
@@ -110,15 +116,16 @@ fn must_rebuild(lost: &LostLog) -> StartError {
     for damage in &lost.damage {
         tracing::error!("{damage}");
     }
-    StartError::Wal(OpenError::Refuse(format!("{}. This node must be rebuilt from a replica", lost.why)))
+    StartError::Lost(format!("{}: this node must be rebuilt from a replica", lost.why))
 }
 
 impl Asking {
     /// Asks until the log is whole. Ends early only with the incarnation, or when the log must be rebuilt.
     pub async fn finish(self, shared: &Arc<Shared>) -> Result<WalStore, StartError> {
-        let Asking { mut pending, applied } = self;
+        let Asking { mut pending, applied, listed } = self;
         let own = own_id(shared);
         let mut said: Option<(String, tokio::time::Instant)> = None;
+        shared.repairing.send_replace(Some("the other nodes are being asked for damaged entries".into()));
         loop {
             let (asked, members, electorate) = blocking({
                 let applied = applied.clone();
@@ -130,7 +137,9 @@ impl Asking {
             })
             .await??;
             pending = asked;
-            let (answers, silent) = ask_all(shared, &pending.questions(), own, &members).await;
+            let (members, unknown) = with_listed(shared, members, &listed).await;
+            let (answers, mut silent) = ask_all(shared, &pending.questions(), own, &members).await;
+            silent.extend(unknown);
             let waits_for = waits_for(&pending, &silent, &electorate);
             let step = blocking(move || pending.resolve(&answers, &electorate)).await??;
             pending = match step {
@@ -152,6 +161,31 @@ impl Asking {
             }
         }
     }
+}
+
+/// The members, and the listed nodes that the log does not know (any more), under the ids that they say they have; also
+/// which of these did not say.
+async fn with_listed(
+    shared: &Shared,
+    mut members: BTreeMap<u64, Member>,
+    listed: &[PeerEntry],
+) -> (BTreeMap<u64, Member>, Vec<String>) {
+    let unknown = listed
+        .iter()
+        .filter(|peer| peer.name != shared.name() && !members.values().any(|member| member.name == peer.name));
+    let cluster = shared.local.load().cluster_id;
+    let probed = unknown.map(|peer| async move { (peer, formation::probe(shared, &peer.addr).await) });
+    let mut silent = Vec::new();
+    for (peer, answer) in join_all(probed).await {
+        match answer {
+            Ok(ProbeAnswer::Member { name, cluster_id, raft_id }) if cluster_id == cluster => {
+                members.insert(raft_id, Member { name, peer_addr: peer.addr.clone(), http_addr: peer.http.clone() });
+            }
+            Ok(_) => silent.push(format!("{} (it is no member of this cluster)", peer.name)),
+            Err(why) => silent.push(format!("{} ({why})", peer.name)),
+        }
+    }
+    (members, silent)
 }
 
 fn waits_for(pending: &PendingLog, silent: &[String], electorate: &Electorate) -> String {

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     core::{Core, Role, Shared},
+    disk::DiskState,
     handover,
     room::{self, Admission, Voter},
     space::{Level, RoomReport},
@@ -44,24 +45,19 @@ pub fn blocked(shared: &Shared) -> Option<String> {
 /// Shows the room of the data folder in the state of the disk, until the incarnation ends.
 pub async fn follow_own(shared: Arc<Shared>) {
     let mut report = shared.space.report();
-    let mut disk = shared.disk.subscribe();
     loop {
         let full = {
             let report = report.borrow_and_update();
             let words = || report.shortage.as_ref().map_or_else(|| "no room".to_owned(), ToString::to_string);
             (report.level != Level::Room).then(words)
         };
-        shared.disk.send_if_modified(|health| {
-            let next = health.with_room(full.as_deref());
-            let changed = *health != next;
-            *health = next;
-            changed
-        });
-        disk.borrow_and_update();
+        match full {
+            Some(reason) => shared.disk.update(DiskState::Full, reason),
+            None => shared.disk.clear(DiskState::Full),
+        }
         tokio::select! {
             () = shared.stop.cancelled() => return,
             changed = report.changed() => if changed.is_err() { return },
-            changed = disk.changed() => if changed.is_err() { return },
         }
     }
 }

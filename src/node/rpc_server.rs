@@ -27,9 +27,11 @@ use super::{
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
     kinds::Kind,
-    messages::{EntryQuestions, ForwardReply, ForwardRequest, ProposeAnswer, ReadIndexReply, pack, unpack},
+    messages::{
+        EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, unpack,
+    },
     process::Process,
-    repair, status,
+    rebuild, repair, status,
 };
 use crate::clock;
 
@@ -102,6 +104,7 @@ impl ConnectionHandler for Connection {
         match kind {
             Kind::Probe => return now(probe(&shared)),
             Kind::Assign => return assign(shared, body).boxed(),
+            Kind::RebuildAsk => return rebuild::grant::ask(shared, body).boxed(),
             _ => {}
         }
         // The boot count must be durable here before anything is promised to its bearer.
@@ -153,11 +156,17 @@ impl Connection {
                 },
             ),
             Kind::Forward => forward(shared, &body),
+            Kind::LogEnd => log_end(shared),
             Kind::ReadIndex => read_index(shared).boxed(),
             Kind::CheckpointOpen => self.inbox.clone().open(body).boxed(),
             Kind::CheckpointChunk => self.inbox.clone().chunk(body).boxed(),
             Kind::CheckpointInstall => self.inbox.clone().install(shared, body).boxed(),
-            Kind::Probe | Kind::Assign | Kind::Status | Kind::Entries => now(Err(failed("handled before"))),
+            Kind::CheckpointOffer => Arc::clone(&self.process.offers).offer(shared, body).boxed(),
+            Kind::CheckpointFetch => Arc::clone(&self.process.offers).fetch(shared, body).boxed(),
+            Kind::RebuildStep => rebuild::grant::step(shared, body).boxed(),
+            Kind::Probe | Kind::Assign | Kind::RebuildAsk | Kind::Status | Kind::Entries => {
+                now(Err(failed("handled before")))
+            }
         }
     }
 }
@@ -199,8 +208,24 @@ fn append(shared: Arc<Shared>, body: &Bytes, sender: u64) -> BoxFuture<'static, 
         }
         answer(&response)
     };
-    // The first poll puts the request into Raft's queue. Without `unconstrained` it could be put off
-    // when the connection's task has used up its turn, and a later append would overtake it.
+    // The first poll puts the request into Raft's queue.
+    begun(handled)
+}
+
+/// Queues the question behind every append that arrived before it, so that the answer counts them.
+fn log_end(shared: Arc<Shared>) -> BoxFuture<'static, Answer> {
+    let asked = async move {
+        let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;
+        let last_log_id = core.raft.with_raft_state(|state| state.log_ids.last().copied()).await.map_err(failed)?;
+        answer(&LogEndReply { last_log_id, may_not_lead: shared.may_not_lead() })
+    };
+    begun(asked)
+}
+
+/// Polls `handled` once, here and now, and returns the rest of it.
+fn begun(handled: impl Future<Output = Answer> + Send + 'static) -> BoxFuture<'static, Answer> {
+    // Without `unconstrained` the first poll could be put off when the connection's task has used up its turn, and a
+    // later request would overtake this one.
     let mut handled: Pin<Box<_>> = Box::pin(tokio::task::unconstrained(handled));
     match handled.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(answer) => now(answer),
@@ -215,6 +240,10 @@ fn forward(shared: Arc<Shared>, body: &Bytes) -> BoxFuture<'static, Answer> {
         Err(refusal) => return now(Err(refusal)),
     };
     let Some(core) = shared.core.get() else { return now(Err(refused("this node is still starting"))) };
+    // Its proposer may hang with its core, and would keep the commands for as long.
+    if let Some(why) = shared.silenced() {
+        return now(Err(refused(why)));
+    }
     let queued: Vec<Result<oneshot::Receiver<ProposeAnswer>, ProposeAnswer>> =
         request.commands.into_iter().map(|command| core.proposer.propose(Arc::new(command))).collect();
     async move {

@@ -19,8 +19,9 @@ use arc_swap::ArcSwap;
 use openraft::{Raft, RaftLogReader, SnapshotPolicy, storage::RaftLogStorage};
 use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
-    OpenError, WalHandle, WalStore,
+    OpenError, WalHandle, WalOptions, WalStore,
     disk::{Disk, RealDisk},
+    io_times::IoTimes,
 };
 use tokio::{
     net::TcpListener,
@@ -31,17 +32,19 @@ use tokio_util::task::TaskTracker;
 use super::{
     applier, bootstrap,
     core::{AssignRequest, Core, Shared},
+    disk::DiskWatch,
     files::FileError,
-    formation::{self, Formed},
+    formation::{self, FormError, Formed},
     forward::Forwarders,
     identity::{self, FolderLock, Identity, IdentityError, LockError, LogContent, Standing},
     peers::Peers,
     process::Process,
     proposer::Proposer,
-    read,
+    proxy, read,
     read_index::{self, Rounds},
+    rebuild::{self, Need, journal::Journal},
     repair::{self, Begun},
-    room_watch,
+    room_watch, slow,
     space::{RealSpace, SpaceProbe},
     space_watch::SpaceWatch,
     transport::Network,
@@ -99,6 +102,9 @@ pub enum StartError {
     /// The parts of the folder do not belong together.
     #[error("{0}")]
     Refused(String),
+    /// Parts of the folder are missing that nothing here can bring back.
+    #[error("{0}")]
+    Lost(String),
     /// The state could not be opened.
     #[error("{0}")]
     State(#[from] EngineError),
@@ -110,6 +116,9 @@ pub enum StartError {
         /// The cause.
         source: io::Error,
     },
+    /// The peer listener could not be shared with the fence.
+    #[error("the peer listener: {0}")]
+    PeerPort(io::Error),
     /// Raft did not start.
     #[error("raft: {0}")]
     Raft(String),
@@ -134,11 +143,13 @@ pub struct Ground {
     pub disk: Arc<dyn Disk>,
     /// Who says how much room there is.
     pub space: Arc<dyn SpaceProbe>,
+    /// What the disk is busy with; one for a process.
+    pub io_times: Arc<IoTimes>,
 }
 
 impl Default for Ground {
     fn default() -> Ground {
-        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace) }
+        Ground { peer_listener: None, disk: RealDisk::new(), space: Arc::new(RealSpace), io_times: Arc::default() }
     }
 }
 
@@ -190,11 +201,62 @@ pub async fn incarnate(process: &Arc<Process>, early: impl FnOnce(&Arc<Shared>))
     shared.vital.spawn("the task that follows the free space", room_watch::follow_own(Arc::clone(&shared)));
     let brought_up = bring_up(process, &shared, assigned).await;
     if let Err(error) = brought_up {
+        if let Some(why) = lost(&error).filter(|_| may_rebuild(&process.config, &process.peers)) {
+            needs_rebuild(&shared, why);
+            return Ok(shared);
+        }
         shared.stop.cancel();
         shared.vital.finished().await;
         return Err(error);
     }
     Ok(shared)
+}
+
+/// An incarnation that only passes on what it is asked, while a rebuild that was begun before goes on.
+pub fn incarnate_proxy(
+    process: &Arc<Process>,
+    journal: &Journal,
+    early: impl FnOnce(&Arc<Shared>),
+) -> Result<Arc<Shared>, StartError> {
+    let data_dir = &process.config.node.data_dir;
+    let own = match Identity::load(data_dir)? {
+        Some(identity) if !journal.emptied => Some(identity.begin_boot(data_dir, &process.config.node.name)?),
+        _ => None,
+    };
+    let (assignments, _) = mpsc::channel(1);
+    let shared = make_shared(process, own, assignments);
+    if shared.local.load().node_id == 0 && journal.fresh_id != 0 {
+        shared.local.store(Arc::new(rebuild::pulling_identity(journal)));
+    }
+    if let Some(membership) = rebuild::membership_of(&journal.members) {
+        shared.view.send_modify(|view| view.membership = Arc::new(membership));
+    }
+    early(&shared);
+    needs_rebuild(&shared, Need::Node(journal.why.clone()));
+    Ok(shared)
+}
+
+/// Nothing of this incarnation runs, and it goes on as a proxy until it is rebuilt.
+fn needs_rebuild(shared: &Arc<Shared>, need: Need) {
+    tracing::error!("this node cannot take part as it is and needs a rebuild: {}", need.why());
+    shared.need.send_replace(Some(need));
+    let watched = Arc::clone(shared);
+    shared
+        .vital
+        .spawn("the task that watches the cluster", async move { proxy::follow_others(&watched, |_| false).await });
+}
+
+/// A node alone has nobody to rebuild from.
+fn may_rebuild(config: &Config, peers: &[PeerEntry]) -> bool {
+    config.cluster.auto_rebuild && peers.len() >= 3
+}
+
+/// Whether an error of the start says that parts of the folder are lost for good.
+fn lost(error: &StartError) -> Option<Need> {
+    match error {
+        StartError::Lost(why) => Some(Need::Node(why.clone())),
+        _ => None,
+    }
 }
 
 async fn bring_up(
@@ -214,14 +276,17 @@ async fn bring_up(
             }
             // A log that has lost entries had some: nobody may take this node for an empty one meanwhile.
             shared.log_was_used.store(true, Ordering::Relaxed);
+            let rebuilds = may_rebuild(&process.config, &process.peers);
             let (shared, stop) = (Arc::clone(shared), shared.core_stop.clone());
             shared.clone().vital.spawn("the repair of the log", async move {
                 let repairing = async {
                     let log = asking.finish(&shared).await?;
                     go_on(ready, log).await
                 };
-                if let Some(Err(error)) = stop.run_until_cancelled(repairing).await {
-                    shared.vital.end(error.to_string());
+                let Some(Err(error)) = stop.run_until_cancelled(repairing).await else { return };
+                match lost(&error).filter(|_| rebuilds) {
+                    Some(need) => needs_rebuild(&shared, need),
+                    None => shared.vital.end(error.to_string()),
                 }
             });
             Ok(())
@@ -244,7 +309,10 @@ async fn go_on(ready: Ready, log: WalStore) -> Result<(), StartError> {
     let known = shared.identity.load_full();
     let standing = identity::standing((*known).as_ref(), log_content, has_files(&shared.config.kv_dir())?);
     if let Standing::Refuse(why) = standing {
-        return Err(StartError::Refused(why));
+        let wal = log.handle();
+        let closed = blocking(move || wal.close()).await?;
+        closed.map_err(|latched| StartError::Refused(format!("{why} ({latched})")))?;
+        return Err(StartError::Lost(why));
     }
     // Only a node that looks for its place needs the list.
     if standing == Standing::Fresh && own_position.is_none() {
@@ -259,7 +327,13 @@ async fn go_on(ready: Ready, log: WalStore) -> Result<(), StartError> {
     *shared.state_gone.lock().unwrap_or_else(PoisonError::into_inner) = Some(state_gone);
     let parts = Parts { shared: Arc::clone(&shared), log, restore };
     match own_position {
-        Some(position) if standing == Standing::Fresh || (standing == Standing::Assigned && position == 0) => {
+        // A rebuilt node has an unused log too, and an id of its own: it forms nothing.
+        Some(position)
+            if standing == Standing::Fresh
+                || (standing == Standing::Assigned
+                    && position == 0
+                    && shared.local.load().node_id == bootstrap::raft_id_of(0)) =>
+        {
             let stop = shared.core_stop.clone();
             let forming = form_and_run(parts, peers, position, assigned);
             shared.vital.spawn("the task that forms the cluster", async move {
@@ -269,6 +343,18 @@ async fn go_on(ready: Ready, log: WalStore) -> Result<(), StartError> {
         }
         _ => run_core(parts).await,
     }
+}
+
+/// How the log of this node is opened.
+pub fn wal_options(process: &Process) -> WalOptions {
+    let config = &process.config;
+    let mut options = WalOptions::new(config.wal_dir());
+    options.segment_bytes = config.wal.segment_size_mb.saturating_mul(1024 * 1024);
+    options.group_commit_max_wait = Duration::from_millis(config.wal.group_commit_max_wait_ms);
+    options.group_commit_max_bytes = config.wal.group_commit_max_bytes;
+    options.observer = Arc::<Metrics>::clone(&process.metrics);
+    options.io_times = Arc::clone(&process.io_times);
+    options
 }
 
 async fn log_content(log: &WalStore) -> Result<LogContent, StartError> {
@@ -321,13 +407,15 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
-        disk: watch::Sender::default(),
+        disk: DiskWatch::default(),
         space: process.space.clone(),
         admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
         leaving: AtomicBool::new(false),
         core_stop: stop.child_token(),
         stop,
+        desk: Arc::clone(&process.desk),
+        need: watch::Sender::new(None),
         retired: OnceLock::new(),
         requests: TaskTracker::new(),
         state_gone: Mutex::new(None),
@@ -347,22 +435,26 @@ async fn form_and_run(
     let done = async {
         let expected = shared.config.cluster.bootstrap_expect as usize;
         if expected != peers.len() {
-            return Err(format!(
+            return Err(FormError::Refused(format!(
                 "cluster.bootstrap_expect is {expected} and cluster.peers lists {} nodes: a cluster is formed by all of \
                  them, so the two must be equal",
                 peers.len()
-            ));
+            )));
         }
         let place = formation::Place { shared: &shared, log: parts.log.clone() };
         let formed = formation::form(place, &peers, own_position, &mut assigned).await?;
-        run_core(parts).await.map_err(|e| e.to_string())?;
+        run_core(parts).await.map_err(|e| FormError::Refused(e.to_string()))?;
         match formed {
             Formed::Assigned => Ok(()),
-            Formed::Initialize(members) => initialize(&shared, members).await,
+            Formed::Initialize(members) => initialize(&shared, members).await.map_err(FormError::Refused),
         }
     };
-    if let Err(why) = done.await {
-        shared.vital.end(why);
+    match done.await {
+        Err(FormError::AlreadyMember(why)) if may_rebuild(&shared.config, &peers) => {
+            needs_rebuild(&shared, Need::Node(why));
+        }
+        Err(FormError::AlreadyMember(why) | FormError::Refused(why)) => shared.vital.end(why),
+        Ok(()) => {}
     }
 }
 
@@ -415,7 +507,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let network = Network::new(shared.peers.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
 
-    let (leader_raft, asking) = (raft.clone(), Arc::clone(&shared));
+    let (leader_raft, leading, asking) = (raft.clone(), Arc::clone(&shared), Arc::clone(&shared));
     let (vital, stop) = (&shared.vital, &shared.core_stop);
     let core = Core {
         proposer: Proposer::start(
@@ -425,7 +517,10 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
             vital,
             stop.clone(),
         ),
-        leader_rounds: Rounds::start(vital, stop.clone(), move || read_index::leader_round(leader_raft.clone())),
+        leader_rounds: Rounds::start(vital, stop.clone(), move || {
+            let (raft, shared) = (leader_raft.clone(), Arc::clone(&leading));
+            async move { read_index::leader_round(raft, move || shared.silenced()).await }
+        }),
         remote_rounds: Rounds::start(vital, stop.clone(), move || read::remote_round(Arc::clone(&asking))),
         raft,
         state,
@@ -437,6 +532,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
+    vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
     vital.spawn("the task that scrubs", super::scrub::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
@@ -488,7 +584,14 @@ async fn catch_up(shared: Arc<Shared>) {
     let reached = async {
         loop {
             let deadline = tokio::time::Instant::now() + CATCH_UP_ROUND;
-            let Ok(index) = read::read_index_until(&shared, deadline).await else { continue };
+            let Ok(index) = read::read_index_until(&shared, deadline).await else {
+                // While the node stops it fails at once: without this the loop would never give way.
+                if shared.stop.is_cancelled() {
+                    return;
+                }
+                tokio::task::yield_now().await;
+                continue;
+            };
             // The index is the goal from here on, however long it takes.
             let Some(core) = shared.core.get() else { return };
             let mut published = core.state.published();

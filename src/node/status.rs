@@ -12,9 +12,10 @@ use stemedb_raft::{
 
 use super::{
     core::{Core, Role, Shared},
-    disk::{DiskHealth, DiskState},
+    disk::DiskHealth,
     kinds::Kind,
     messages::{Lag, StatusReply, pack, unpack},
+    rebuild::desk::JobState,
 };
 use crate::clock;
 
@@ -27,7 +28,8 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// `/v1/health`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Health {
-    /// `ok`, `starting`, `repairing`, `failed` or `stopping`.
+    /// `ok`, `starting`, `repairing`, `stopping`, or why the node answers through others: `stalled`, `failed`,
+    /// `rebuilding`, `fenced`.
     pub status: String,
     /// Name of the node.
     pub name: String,
@@ -105,10 +107,14 @@ pub fn role_of(state: ServerState) -> Role {
 /// `/v1/health` of this node.
 pub fn health(shared: &Shared) -> Health {
     let view = shared.view.borrow().clone();
-    let disk = shared.disk.borrow().clone();
+    let disk = shared.disk.health();
     let status = match () {
+        () if shared.stop.is_cancelled() => "stopping",
+        () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
         () if is_stopping(shared) => "stopping",
-        () if disk.state == DiskState::Failed || shared.vital.ended().is_some() => "failed",
+        () if shared.vital.ended().is_some() => "failed",
+        () if disk.state.silences() => disk.state.word(),
+        () if shared.silenced().is_some() => "failed",
         () if shared.repairing.borrow().is_some() => "repairing",
         () if shared.core.get().is_none() => "starting",
         () => "ok",
@@ -140,8 +146,11 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         last_log_index: shared.wal().and_then(WalHandle::last_log_id).map(|id| id.index),
         purged_log_index: shared.wal().and_then(WalHandle::purged).map(|id| id.index),
         applied_log_index: shared.core.get().and_then(|core| core.published().applied_log_index),
-        disk: shared.disk.borrow().clone(),
+        disk: shared.disk.health(),
         version: VERSION.into(),
+        may_not_lead: shared.may_not_lead(),
+        fsync_p99_ms: shared.wal().and_then(WalHandle::fsync_p99_ms).map(whole_ms),
+        membership: Some((*view.membership).clone()).filter(|m| m.log_id().is_some()),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),
         room: shared.space.report().borrow().clone(),
     }
@@ -162,7 +171,13 @@ fn own_replication(shared: &Shared, core: &Core) -> Option<BTreeMap<u64, Lag>> {
     Some(metrics.replication?.iter().map(|(id, matched)| (*id, lag(matched))).collect())
 }
 
-/// Asks one node; the error says why there is no answer.
+/// Rounded; what is not a number is 0.
+pub fn whole_ms(ms: f64) -> u64 {
+    // Saturates.
+    ms.round() as u64
+}
+
+/// Asks one node, for half a second at most; the error says why there is no answer.
 pub async fn ask_status(shared: &Shared, id: u64, addr: &str) -> Result<StatusReply, String> {
     let body = pack(&()).map_err(|e| e.to_string())?;
     let peer = shared.peers.to(id, addr, Lane::Control);
@@ -289,7 +304,10 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
         return Err(why);
     }
     if let Some(why) = shared.silenced() {
-        return Err(format!("the disk has failed: {why}"));
+        return Err(match shared.disk.state() {
+            state if state.silences() => format!("the disk is {}: {why}", state.word()),
+            _ => format!("this node answers through others: {why}"),
+        });
     }
     if is_stopping(shared) {
         return Err("this node is stopping".into());

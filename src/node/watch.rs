@@ -1,58 +1,71 @@
-//! Keeps the node's view of the cluster, and notices when Raft ends.
+//! Keeps the node's view of the cluster, and decides whose word it follows.
 //!
-//! While Raft runs, its own metrics say who leads. When it has ended with an error of the disk, this
-//! node is a proxy: it stops acknowledging, says so, and asks the others who leads, so that commands
-//! taken here still reach a leader.
+//! ```text
+//!   Raft's own metrics ── the disk fails or stalls, or the core ends ──► what the others say (`proxy`)
+//!         ▲                                                                  │ and leadership is given away (`handover`)
+//!         └──────────── a stall is over, and Raft has caught up ────────────┘
+//! ```
+//!
+//! A core whose disk hangs goes on naming itself the leader, so its word does not count before it knows the newest term
+//! that the others have named.
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::future::join_all;
-use openraft::{async_runtime::WatchReceiver, errors::Fatal, metrics::RaftServerMetrics};
+use openraft::{RaftMetrics, async_runtime::WatchReceiver, errors::Fatal, metrics::RaftServerMetrics};
 use stemedb_raft::types::{StoredMembership, TypeConfig};
 
 use super::{
-    core::{ClusterView, LeaderInfo, Role, Shared},
-    disk::DiskHealth,
-    messages::StatusReply,
-    status,
+    core::{ClusterView, Core, LeaderInfo, Role, Shared},
+    disk::DiskState,
+    handover, proxy, status,
 };
 
-/// How often a node without Raft asks the others who leads. Well below the park's deadline, and a few
-/// small messages each time.
-const ASK_INTERVAL: Duration = Duration::from_millis(100);
+/// How long a core whose log has failed may take to notice, before it is told to end. It notices with the next entry,
+/// which takes a few milliseconds under load; an idle one would not notice.
+const NOTICE_MAX: Duration = Duration::from_millis(20);
+/// How long it may take to end then. A core that hangs on its disk does not end at all.
+const END_MAX: Duration = Duration::from_secs(1);
 
-/// Runs until the node stops.
+/// Why Raft's word is not followed any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    /// The incarnation ends.
+    Stopping,
+    /// The node must be silent, whatever its core does.
+    Silenced,
+    /// The core has ended.
+    CoreEnded,
+}
+
+/// Runs until the incarnation stops.
 pub async fn watch_cluster(shared: Arc<Shared>) {
     let Some(core) = shared.core.get() else { return };
-    let mut metrics = core.raft.server_metrics();
     loop {
-        let view = view_of(&shared, &metrics.borrow_watched());
-        set_view(&shared, view);
-        tokio::select! {
-            () = shared.stop.cancelled() => return,
-            changed = metrics.changed() => if changed.is_err() { break },
+        match follow_raft(&shared, core).await {
+            Left::Stopping => return,
+            Left::Silenced => {
+                let (state, why) = (shared.disk.state().word(), shared.silenced().unwrap_or_default());
+                tracing::error!(state, "the disk does not work, nothing is acknowledged from now on: {why}");
+            }
+            Left::CoreEnded => {
+                if !explain_end(&shared, core) {
+                    return;
+                }
+            }
         }
-    }
-    if shared.stop.is_cancelled() {
-        return;
-    }
-    if let Some(why) = shared.retired.get() {
-        tracing::info!("Raft has ended on this node, which goes on as a proxy: {why}");
-        go_on_as_proxy(&shared).await;
-        return;
-    }
-    let why = match (core.raft_metrics().running_state, shared.silenced()) {
-        (_, Some(why)) => why,
-        (Err(Fatal::StorageError(error)), None) => error.to_string(),
-        // A panic leaves the last metrics as they were.
-        (Ok(()) | Err(Fatal::Panicked | Fatal::Stopped), None) => {
-            shared.vital.end("Raft has died of a defect; the lines before say where".into());
+        let failed = async {
+            if shared.disk.state() == DiskState::Stalled && core.raft_metrics().running_state.is_ok() {
+                handover::pass_on(&shared, core, "its disk stalls").await;
+            } else if let Some(last) = ended(core).await {
+                handover::bequeath(&shared, &last).await;
+            }
+        };
+        tokio::join!(failed, proxy::follow_others(&shared, |term| counts_again(&shared, core, term)));
+        if shared.stop.is_cancelled() {
             return;
         }
-    };
-    tracing::error!("storage error: Raft has ended on this node, which acknowledges nothing from now on: {why}");
-    shared.disk.send_replace(DiskHealth::failed(why));
-    go_on_as_proxy(&shared).await;
+        tracing::info!("the disk works again, and so does this node");
+    }
 }
 
 /// Marks the disk as failed the moment the log or the tree latches, and ends Raft, which hears only of
@@ -70,21 +83,19 @@ pub async fn watch_disk(shared: Arc<Shared>) {
             Err(_) => std::future::pending().await,
         }
     };
-    let ending = async {
-        let why = tokio::select! {
+    let failed = async {
+        tokio::select! {
             why = log_failed => why,
             error = core.state.wait_failed() => error.to_string(),
-        };
-        tracing::error!("storage error, nothing is acknowledged from now on: {why}");
-        shared.disk.send_replace(DiskHealth::failed(why));
-        if let Err(error) = core.raft.shutdown().await {
-            tracing::warn!(%error, "the Raft task did not end well");
         }
     };
-    shared.core_stop.run_until_cancelled(ending).await;
+    if let Some(why) = shared.core_stop.run_until_cancelled(failed).await {
+        shared.disk.set(DiskState::Failed, why);
+    }
 }
 
-fn set_view(shared: &Shared, view: ClusterView) {
+/// Makes `view` the node's view, and says so when the leader changed.
+pub fn set_view(shared: &Shared, view: ClusterView) {
     shared.view.send_if_modified(|old| {
         if *old == view {
             return false;
@@ -98,6 +109,84 @@ fn set_view(shared: &Shared, view: ClusterView) {
         *old = view;
         true
     });
+}
+
+async fn follow_raft(shared: &Shared, core: &Core) -> Left {
+    let mut metrics = core.raft.server_metrics();
+    loop {
+        if shared.silenced().is_some() {
+            return Left::Silenced;
+        }
+        let view = view_of(shared, &metrics.borrow_watched());
+        set_view(shared, view);
+        tokio::select! {
+            biased;
+            () = shared.stop.cancelled() => return Left::Stopping,
+            () = shared.disk.silences() => return Left::Silenced,
+            changed = metrics.changed() => if changed.is_err() {
+                return if shared.stop.is_cancelled() { Left::Stopping } else { Left::CoreEnded };
+            },
+        }
+    }
+}
+
+/// Says why the core has ended. False when that was a defect, which ends the node.
+fn explain_end(shared: &Shared, core: &Core) -> bool {
+    if let Some(why) = shared.retired.get() {
+        tracing::info!("Raft has ended on this node, which goes on as a proxy: {why}");
+        return true;
+    }
+    let why = match (core.raft_metrics().running_state, shared.silenced()) {
+        (_, Some(why)) => why,
+        (Err(Fatal::StorageError(error)), None) => error.to_string(),
+        // A panic leaves the last metrics as they were.
+        (Ok(()) | Err(Fatal::Panicked | Fatal::Stopped), None) => {
+            shared.vital.end("Raft has died of a defect; the lines before say where".into());
+            return false;
+        }
+    };
+    tracing::error!("storage error: Raft has ended on this node: {why}");
+    shared.disk.set(DiskState::Failed, why);
+    true
+}
+
+/// The last metrics of a core that has ended, or that has to and then does. `None` when it hangs.
+async fn ended(core: &Core) -> Option<RaftMetrics<TypeConfig>> {
+    let ended_within = |limit| {
+        let mut metrics = core.raft.metrics();
+        async move {
+            let ended = async {
+                while metrics.borrow_watched().running_state.is_ok() {
+                    if metrics.changed().await.is_err() {
+                        break;
+                    }
+                }
+                metrics.borrow_watched().clone()
+            };
+            tokio::time::timeout(limit, ended).await.ok().filter(|last| last.running_state.is_err())
+        }
+    };
+    if let Some(last) = ended_within(NOTICE_MAX).await {
+        return Some(last);
+    }
+    let raft = core.raft.clone();
+    // Not waited for: it ends with the core, and a core may hang.
+    tokio::spawn(async move {
+        if let Err(error) = raft.shutdown().await {
+            tracing::warn!(%error, "the Raft task did not end well");
+        }
+    });
+    ended_within(END_MAX).await
+}
+
+/// Whether Raft's word counts again after a stall: the node need not be silent, and the core has caught up with what
+/// the others have told meanwhile.
+fn counts_again(shared: &Shared, core: &Core, term_newest: u64) -> bool {
+    if shared.silenced().is_some() {
+        return false;
+    }
+    let metrics = core.raft_metrics();
+    metrics.running_state.is_ok() && metrics.vote.leader_id.term >= term_newest
 }
 
 fn view_of(shared: &Shared, metrics: &RaftServerMetrics<TypeConfig>) -> ClusterView {
@@ -122,66 +211,4 @@ fn shared_membership(shared: &Shared, new: &Arc<StoredMembership>) -> Arc<Stored
 fn leader_info(membership: &StoredMembership, id: u64, own_id: u64) -> Option<LeaderInfo> {
     let member = membership.get_node(&id)?;
     Some(LeaderInfo { id, name: member.name.clone(), addr: member.peer_addr.clone(), here: id == own_id })
-}
-
-async fn go_on_as_proxy(shared: &Shared) {
-    let membership = Arc::clone(&shared.view.borrow().membership);
-    let own_id = shared.local.load().node_id;
-    let others: Vec<(u64, String)> = membership
-        .nodes()
-        .filter(|(id, _)| **id != own_id)
-        .map(|(id, member)| (*id, member.peer_addr.clone()))
-        .collect();
-    while !shared.stop.is_cancelled() {
-        let asked = others.iter().map(|(id, addr)| async { (*id, status::ask_status(shared, *id, addr).await.ok()) });
-        let answers = join_all(asked).await;
-        let (leader, term) = newest_leader(&answers);
-        let leader = leader.and_then(|id| leader_info(&membership, id, own_id)).filter(|l| !l.here);
-        set_view(shared, ClusterView { leader, term, role: Role::Starting, membership: Arc::clone(&membership) });
-        tokio::select! {
-            () = shared.stop.cancelled() => return,
-            () = tokio::time::sleep(ASK_INTERVAL) => {}
-        }
-    }
-}
-
-/// The node that says itself that it leads in the newest term, and that term.
-fn newest_leader(answers: &[(u64, Option<StatusReply>)]) -> (Option<u64>, u64) {
-    let leading = answers.iter().filter_map(|(id, status)| {
-        let status = status.as_ref()?;
-        (status.role == Role::Leader.word()).then_some((status.term, *id))
-    });
-    match leading.max() {
-        Some((term, id)) => (Some(id), term),
-        None => (None, answers.iter().filter_map(|(_, s)| Some(s.as_ref()?.term)).max().unwrap_or_default()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn says(id: u64, role: Role, term: u64) -> (u64, Option<StatusReply>) {
-        let status = StatusReply {
-            name: format!("node-{id}"),
-            role: role.word().into(),
-            term,
-            leader: None,
-            last_log_index: None,
-            purged_log_index: None,
-            applied_log_index: None,
-            disk: DiskHealth::default(),
-            version: "0".into(),
-            replication: None,
-            room: Default::default(),
-        };
-        (id, Some(status))
-    }
-
-    #[test]
-    fn a_proxy_believes_the_leader_of_the_newest_term() {
-        assert_eq!(newest_leader(&[says(1, Role::Leader, 4), says(2, Role::Leader, 5), (3, None)]), (Some(2), 5));
-        assert_eq!(newest_leader(&[says(1, Role::Follower, 4), says(2, Role::Candidate, 5)]), (None, 5));
-        assert_eq!(newest_leader(&[(1, None)]), (None, 0));
-    }
 }

@@ -14,10 +14,13 @@ use std::collections::HashSet;
 
 use stemedb_raft::codec::CodecError;
 
-use super::command::{Command, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, Outcome, Receipt, Refusal};
+use super::command::{
+    Command, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, Operation, Outcome, RebuildCommand, Refusal,
+};
 use super::engine::{EngineError, StateRead, WriteBatch};
 use super::key_table::{KeyTable, Known};
 use super::keys;
+use super::permits::{Book, Change};
 use super::record::Counters;
 
 mod client_keys;
@@ -79,6 +82,8 @@ struct Progress {
 pub struct Applier {
     progress: Progress,
     log_time_ms: u64,
+    /// Of the entry at hand.
+    log_index: u64,
     keys: KeyTable,
     client_keys: ClientKeys,
     epochs_known: HashSet<String>,
@@ -101,6 +106,7 @@ impl Applier {
         Ok(Applier {
             progress: Progress { fact_index: applied_fact_index, counters },
             log_time_ms,
+            log_index: 0,
             keys: KeyTable::restore(read, limits.short_key_ms, limits.short_keys_max, log_time_ms)?,
             client_keys: ClientKeys::default(),
             epochs_known: HashSet::new(),
@@ -110,10 +116,11 @@ impl Applier {
 
     /// Applies one entry: the rows to write, all together, and the outcome of each command, in order.
     /// Later commands see what earlier ones of the same entry wrote. The rows must be written and
-    /// visible to `read` before the next call.
+    /// visible to `read` before the next call. `log_index` is the entry's place in the log.
     pub fn apply(
         &mut self,
         read: &dyn StateRead,
+        log_index: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError> {
         if body.format != ENTRY_FORMAT {
@@ -121,6 +128,7 @@ impl Applier {
             return Err(EngineError::io("apply", std::io::Error::new(std::io::ErrorKind::Unsupported, why)));
         }
         self.log_time_ms = self.log_time_ms.max(body.log_time_ms);
+        self.log_index = log_index;
         let counters_before = self.progress.counters;
         let mut entry = Overlay::new(read, body.commands.len());
         self.keys.expire(self.log_time_ms);
@@ -152,9 +160,9 @@ impl Applier {
             return Ok(refused(Refusal::KeyTableFull));
         }
         let outcome = match self.execute(entry, command) {
-            Ok(receipts) => {
+            Ok(outcome) => {
                 entry.keep_command();
-                Outcome::Applied(receipts)
+                outcome
             }
             Err(ApplyError::Rejected(refusal)) => {
                 entry.drop_command();
@@ -167,7 +175,10 @@ impl Applier {
         Ok(CommandOutcome { outcome, replayed: false })
     }
 
-    fn execute(&mut self, entry: &mut Overlay<'_>, command: &Command) -> Result<Vec<Receipt>, ApplyError> {
+    fn execute(&mut self, entry: &mut Overlay<'_>, command: &Command) -> Result<Outcome, ApplyError> {
+        if let Operation::Rebuild(rebuild) = &command.op {
+            return self.permit(entry, rebuild);
+        }
         let mut facts = Facts {
             entry,
             epochs_known: &mut self.epochs_known,
@@ -176,7 +187,18 @@ impl Applier {
         };
         let receipts = facts.operation(&command.op)?;
         self.progress = facts.progress;
-        Ok(receipts)
+        Ok(Outcome::Applied(receipts))
+    }
+
+    /// No fact: it leaves no receipt and no index.
+    fn permit(&self, entry: &mut Overlay<'_>, command: &RebuildCommand) -> Result<Outcome, ApplyError> {
+        let mut book = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
+        let change = book.apply(command, self.log_index, self.log_time_ms).map_err(ApplyError::Rejected)?;
+        entry.put(keys::REBUILD_PERMITS, book.encode().map_err(encode_error)?);
+        Ok(match change {
+            Change::Held(permit) => Outcome::Permit(permit),
+            Change::Free => Outcome::Applied(Vec::new()),
+        })
     }
 
     fn known(&self, entry: &Overlay<'_>, command: &Command) -> Result<Option<Known>, EngineError> {

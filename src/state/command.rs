@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use stemedb_raft::codec::{self, CodecError};
 use uuid::Uuid;
 
+use super::permits::Permit;
 use crate::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
 
 /// Version of the encoded form of an entry. A newer one stops the node (see [`EntryBody::decode`]).
@@ -82,6 +83,41 @@ pub enum Operation {
         /// The chunk.
         assertions: Vec<NewAssertion>,
     },
+    /// Who may rebuild. Never taken from clients: nodes and their leader make these.
+    Rebuild(RebuildCommand),
+}
+
+/// A change to the permit to rebuild; the rules are in `permits`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RebuildCommand {
+    /// Gives the permit, or renews it when the same rebuild holds it. Proposed by the leader after it has checked
+    /// that the other voters have everything.
+    Grant {
+        /// Name of the node.
+        name: String,
+        /// The node's number for this rebuild.
+        job: u128,
+        /// The Raft id that is to be replaced.
+        old_id: u64,
+        /// A Raft id above every one that the leader knows of.
+        id_min: u64,
+        /// Whether the node decided by itself.
+        automatic: bool,
+    },
+    /// The fresh id is a voter: the permit is used up.
+    Finish {
+        /// Name of the node.
+        name: String,
+        /// The fresh id.
+        fresh_id: u64,
+    },
+    /// The rebuild was given up.
+    Cancel {
+        /// Name of the node.
+        name: String,
+        /// Its number.
+        job: u128,
+    },
 }
 
 /// What applying a command answered the first time.
@@ -91,6 +127,8 @@ pub enum Outcome {
     Applied(Vec<Receipt>),
     /// Refused on every node alike; nothing was written.
     Refused(Refusal),
+    /// The permit to rebuild that is held now.
+    Permit(Permit),
 }
 
 /// An outcome, and whether it is the first answer or the repetition of one.
@@ -153,6 +191,20 @@ pub enum Refusal {
     ChainTooLong {
         /// Supersessions looked at.
         steps_max: u64,
+    },
+    /// Another node holds the permit to rebuild.
+    RebuildHeld {
+        /// Its name.
+        by: String,
+        /// Seconds of log time until somebody else may have it, if it is not renewed.
+        expires_in_s: u64,
+    },
+    /// The node has rebuilt itself as often as it may by itself.
+    RebuiltTooOften {
+        /// Its name.
+        name: String,
+        /// How often within a day.
+        times: u64,
     },
 }
 

@@ -11,7 +11,7 @@
 //! e name \0 index                                  who superseded it
 //! t created_at_ms                                  first fact index of that moment
 //! k key    x expires_at_ms key                     client keys, and the queue of their expiry
-//! m...                                             counters, imports, saved short-lived keys
+//! m...                                             counters, imports, saved short-lived keys, permit to rebuild
 //! ```
 //!
 //! `~` is descending order: the newest comes first, so that "the latest as of an index" is one seek
@@ -38,6 +38,8 @@ pub const COUNTERS: &[u8] = b"mcounters";
 pub const SHORT_KEYS_LATE: &[u8] = b"mkeys-late";
 /// Prefix of the chunks of short-lived keys.
 pub const SHORT_KEYS_CHUNK: &[u8] = b"mkeys/";
+/// Row with the permit to rebuild.
+pub const REBUILD_PERMITS: &[u8] = b"mrebuild";
 const IMPORT: &[u8] = b"mimport/";
 
 /// What a row behind an assertion's key says about it.

@@ -53,10 +53,11 @@ type Answer = (ApplyResponder<TypeConfig>, EntryOutcome);
 
 /// What decides over the commands of an entry. Deterministic; it reads, and returns what to write.
 pub trait EntryApplier: Send + Sync + 'static {
-    /// Applies one entry. Outcomes are in the order of the commands.
+    /// Applies the entry at `log_index`. Outcomes are in the order of the commands.
     fn apply(
         &mut self,
         read: &dyn StateRead,
+        log_index: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError>;
     /// What it keeps in memory, as rows; written just before the memtable is sealed.
@@ -297,7 +298,7 @@ impl<A: EntryApplier> StateMachine<A> {
 
     fn apply_commands(&mut self, log_id: &LogId, data: &[u8]) -> Result<EntryOutcome, io::Error> {
         let body = entry::decode(log_id, data)?;
-        let (batch, outcomes) = self.applier.apply(&self.engine.written(), &body).map_err(|error| {
+        let (batch, outcomes) = self.applier.apply(&self.engine.written(), log_id.index, &body).map_err(|error| {
             tracing::error!("Index update failed: entry {log_id}: {error}");
             self.engine.inner.report(&error);
             io::Error::other(error)
@@ -475,6 +476,15 @@ impl Shared {
         self.store.activate(&folder)?;
         Ok((engine, applier))
     }
+}
+
+/// Blocking. Makes the state of a node that starts afresh from the checkpoint in `kv.incoming`: `checkpoint/` and `kv/`
+/// below `data_dir`, which must not be there. The applied state is the checkpoint's.
+pub fn install_fresh(data_dir: &std::path::Path) -> Result<(), EngineError> {
+    let incoming = Checkpoint::load(&data_dir.join("kv.incoming"))?;
+    let checkpoint = Shelf::open(data_dir)?.adopt(incoming)?;
+    let store = StoreFolder::open(data_dir)?;
+    checkpoint.link_into(&store.active(), false)
 }
 
 fn to_snapshot(checkpoint: Checkpoint) -> SnapshotOf<TypeConfig, Checkpoint> {

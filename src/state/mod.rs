@@ -6,6 +6,7 @@ pub mod key_table;
 pub mod keys;
 pub mod machine;
 pub mod outcome_record;
+pub mod permits;
 pub mod record;
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::record::{RECORD_FORMAT, Reader, RecordError, push_created, push_varin
 const WHAT: &str = "outcome";
 const APPLIED: u8 = 1;
 const REFUSED: u8 = 2;
+const PERMIT: u8 = 3;
 
 /// Largest number of receipts a record may claim; a batch or chunk has at most 10,000 items, and the
 /// log's frames bound the rest.
@@ -34,6 +35,10 @@ pub fn push_outcome(out: &mut Vec<u8>, outcome: &Outcome) -> Result<(), codec::C
         Outcome::Refused(refusal) => {
             out.push(REFUSED);
             out.extend_from_slice(&codec::encode(refusal)?);
+        }
+        Outcome::Permit(permit) => {
+            out.push(PERMIT);
+            out.extend_from_slice(&codec::encode(permit)?);
         }
     }
     Ok(())
@@ -64,6 +69,7 @@ pub fn decode_outcome(bytes: &[u8]) -> Result<Outcome, RecordError> {
             Ok(Outcome::Applied(receipts))
         }
         Some((&REFUSED, refusal)) => codec::decode::<Refusal>(refusal).map(Outcome::Refused).map_err(|_| damaged),
+        Some((&PERMIT, permit)) => codec::decode(permit).map(Outcome::Permit).map_err(|_| damaged),
         _ => Err(damaged),
     }
 }

@@ -89,7 +89,7 @@ impl Machine {
     }
     pub fn entry(&mut self, commands: Vec<Command>) -> Vec<CommandOutcome> {
         let body = EntryBody { format: ENTRY_FORMAT, log_time_ms: self.now_ms, commands };
-        let (batch, outcomes) = self.applier.apply(&self.tree, &body).unwrap();
+        let (batch, outcomes) = self.applier.apply(&self.tree, self.next, &body).unwrap();
         self.tree.write(&batch);
         outcomes
     }
@@ -102,13 +102,13 @@ impl Machine {
     pub fn ok(&mut self, op: Operation) -> Receipt {
         match self.run(op) {
             Outcome::Applied(receipts) => *receipts.last().unwrap(),
-            Outcome::Refused(refusal) => panic!("refused: {refusal:?}"),
+            other => panic!("{other:?}"),
         }
     }
     pub fn refused(&mut self, op: Operation) -> Refusal {
         match self.run(op) {
             Outcome::Refused(refusal) => refusal,
-            Outcome::Applied(receipts) => panic!("applied: {receipts:?}"),
+            other => panic!("{other:?}"),
         }
     }
     pub fn assert(&mut self, path: &str, predicate: &str, value: &str) -> Receipt {

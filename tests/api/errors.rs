@@ -181,3 +181,18 @@ async fn random_requests_are_never_the_nodes_fault() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_that_could_lose_data_is_refused_and_changes_nothing() {
+    let served = start().await;
+    let refused = served.post("/v1/admin/node/rebuild", "").await.problem(409, "rebuild-refused");
+    assert!(refused["detail"].as_str().unwrap().contains("Nothing was changed"), "{refused}");
+    served.post("/v1/admin/node/rebuild", r#"{"from": "node-9"}"#).await.problem(422, "invalid-field");
+    served.post("/v1/admin/node/rebuild", r#"{"form": "node-9"}"#).await.problem(422, "unknown-field");
+    served.post("/v1/admin/node/rebuild?node=node-9", "").await.problem(404, "not-found");
+    served.post("/v1/admin/node/rebuild?wait=perhaps", "").await.problem(400, "invalid-query");
+    served.get("/v1/admin/jobs/current").await.problem(404, "not-found");
+    served.get("/v1/admin/jobs/%ff").await.problem(400, "invalid-id");
+    assert_eq!(served.get("/v1/admin/quarantine").await.json(), json!({"folders": []}));
+    served.write("/v1/assert", json!({"concept_path": "a/b", "predicate": "p", "value": 1})).await;
+}

@@ -7,7 +7,7 @@ use openraft::{EntryPayload, Membership};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use stemedb::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
-use stemedb::state::command::{Command, CommandKey, ENTRY_FORMAT, EntryBody, KeySource, Operation};
+use stemedb::state::command::{Command, CommandKey, ENTRY_FORMAT, EntryBody, KeySource, Operation, RebuildCommand};
 use stemedb_raft::types::{Entry, EntryData, LogId, Member, TypeConfig};
 use uuid::Uuid;
 
@@ -109,8 +109,18 @@ impl Writer {
         command
     }
 
+    fn rebuild(&mut self) -> RebuildCommand {
+        let (name, job) = (format!("node-{}", self.rng.random_range(1..4)), self.rng.random_range(0..4));
+        match self.rng.random_range(0..4) {
+            0 => RebuildCommand::Finish { name, fresh_id: self.rng.random_range(0..400) },
+            1 => RebuildCommand::Cancel { name, job },
+            _ => RebuildCommand::Grant { name, job, old_id: 1, id_min: 4, automatic: self.rng.random() },
+        }
+    }
+
     fn operation(&mut self) -> Operation {
-        match self.rng.random_range(0..12) {
+        match self.rng.random_range(0..14) {
+            12 | 13 => Operation::Rebuild(self.rebuild()),
             0 => {
                 let supersedes = (self.epochs > 1 && self.rng.random())
                     .then(|| format!("epoch {}", self.rng.random_range(0..self.epochs + 1)));

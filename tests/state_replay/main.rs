@@ -52,9 +52,10 @@ impl EntryApplier for Recording {
     fn apply(
         &mut self,
         read: &dyn StateRead,
+        log_index: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError> {
-        let applied = self.inner.apply(read, body)?;
+        let applied = self.inner.apply(read, log_index, body)?;
         let mut outcomes = self.outcomes.lock().unwrap();
         let number = outcomes.next;
         outcomes.next += 1;

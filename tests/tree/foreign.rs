@@ -47,12 +47,16 @@ async fn files_of_others_are_left_alone_and_listed() {
     fs::write(dir.path().join("checkpoint/00000009-7"), b"a file of that name").unwrap();
     fs::create_dir(kv.join("g1.bak")).unwrap();
 
-    for _ in 0..2 {
+    for start in 0..2 {
         let mut machine = open(dir.path()).unwrap();
         assert_eq!(expected, rows(&machine.handle()).unwrap());
         let listed = machine.handle().foreign_files();
         // Per folder: ten files and a folder.
         for folder in &folders {
+            if start > 0 && folder.starts_with(&newest) {
+                assert!(listed.contains(&newest), "{listed:#?}"); // superseded; what is not of it stays
+                continue;
+            }
             let of_it = listed.iter().filter(|path| path.parent() == Some(folder)).count();
             assert!(of_it >= 11, "{}: {of_it} of {listed:#?}", folder.display());
         }

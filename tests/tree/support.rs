@@ -1,8 +1,10 @@
 //! A state machine over a folder, filled with the same entries every time.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use openraft::storage::RaftStateMachine;
 use openraft::{EntryPayload, Membership, RaftSnapshotBuilder};
@@ -28,7 +30,7 @@ pub fn log_id(index: u64) -> LogId {
 pub fn entry(index: u64) -> Entry {
     let payload = match index {
         0 => {
-            let nodes = std::collections::BTreeMap::from([(1, Member::default())]);
+            let nodes = BTreeMap::from([(1, Member::default())]);
             EntryPayload::Membership(Membership::new(vec![nodes.keys().copied().collect()], nodes).unwrap())
         }
         _ => EntryPayload::Normal(EntryData(body(index).encode().unwrap().into())),
@@ -118,10 +120,16 @@ pub async fn closed(dir: &Path, count: u64, checkpoint_at: Option<u64>) -> Vec<R
     rows
 }
 
-/// The rows after `count` entries.
+/// The rows after `count` entries. Made once: the same entries make the same rows.
 pub async fn rows_after(count: u64) -> Vec<Row> {
+    static MADE: Mutex<BTreeMap<u64, Vec<Row>>> = Mutex::new(BTreeMap::new());
+    if let Some(rows) = MADE.lock().unwrap().get(&count) {
+        return rows.clone();
+    }
     let dir = tempfile::tempdir().unwrap();
-    closed(dir.path(), count, None).await
+    let rows = closed(dir.path(), count, None).await;
+    MADE.lock().unwrap().insert(count, rows.clone());
+    rows
 }
 
 /// The tree that counts.
@@ -163,7 +171,7 @@ pub fn flip(path: &Path, bit: usize) {
 /// The error of a start that must not succeed.
 pub fn refused(dir: &Path) -> EngineError {
     match open(dir) {
-        Ok(_) => panic!("it opened"),
+        Ok(machine) => panic!("it opened: {:?}", machine.handle()),
         Err(error) => error,
     }
 }

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Disk, DiskFile, FolderLock, FoundFile};
+use super::{Disk, DiskFile, FolderLock, FoundFile, Space};
 
 /// The operating system's file system.
 #[derive(Debug, Default)]
@@ -83,6 +83,17 @@ impl Disk for RealDisk {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         File::open(dir)?.sync_all()
+    }
+
+    fn space(&self, dir: &Path) -> io::Result<Space> {
+        let found = rustix::fs::statvfs(dir)?;
+        // Btrfs makes inodes as it needs them, and says so by a total of zero.
+        let inodes_free = if found.f_files == 0 { u64::MAX } else { found.f_favail };
+        Ok(Space {
+            bytes_free: found.f_bavail.saturating_mul(found.f_frsize),
+            bytes_total: found.f_blocks.saturating_mul(found.f_frsize),
+            inodes_free,
+        })
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>> {
@@ -177,14 +188,24 @@ impl DiskFile for RealFile {
             fs::{FallocateFlags, fallocate},
             io::Errno,
         };
-        match fallocate(&self.0, FallocateFlags::empty(), 0, bytes) {
-            // Where a file system cannot reserve, the zeros that follow are all the reservation there is.
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-            Err(e) => Err(e.into()),
+        loop {
+            match fallocate(&self.0, FallocateFlags::empty(), 0, bytes) {
+                Err(Errno::INTR) => {}
+                // Where a file system cannot reserve, the zeros that follow are all the reservation there is.
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
+                Err(e) => return Err(e.into()),
+            }
         }
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
+        // Not `File::sync_data`: the standard library calls again what a signal interrupted, and a second sync lies.
+        rustix::fs::fdatasync(&self.0)?;
+        Ok(())
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?;
+        Ok(())
     }
 }

@@ -13,8 +13,9 @@ use openraft::{
         alias::{SnapshotMetaOf, SnapshotOf},
     },
 };
+use rand::{RngCore, SeedableRng, rngs::StdRng};
 use stemedb_raft::{
-    Entry, EntryData, EntryOutcome, LogId, StoredMembership, TypeConfig, WalOptions, WalStore,
+    Entry, EntryData, EntryOutcome, LogId, Pace, StoredMembership, TypeConfig, WalOptions, WalStore,
     disk::{Disk, sim::SimDisk},
     frame::log_id,
 };
@@ -28,6 +29,13 @@ pub fn options(dir: &Path) -> WalOptions {
 
 pub fn open_sim(sim: &SimDisk) -> Result<WalStore, stemedb_raft::OpenError> {
     WalStore::open(sim.shared(), options(Path::new("/wal"))).map(|(store, _)| store)
+}
+
+/// Everything in lockstep, identities from a seed: the same work gives the same bytes.
+pub fn lockstep(dir: &Path, seed: u64) -> WalOptions {
+    let rng = std::sync::Mutex::new(StdRng::seed_from_u64(seed));
+    let identities = Arc::new(move || rng.lock().unwrap().next_u64());
+    WalOptions { pace: Pace::Lockstep, identities, ..options(dir) }
 }
 
 pub fn entry(term: u64, index: u64, text: &str) -> Entry {
@@ -151,6 +159,7 @@ pub fn real_disk() -> Arc<dyn Disk> {
     stemedb_raft::disk::RealDisk::new()
 }
 
+#[allow(clippy::large_enum_variant)]
 pub enum Found {
     Ready(WalStore, stemedb_raft::RecoveryReport),
     Waits(stemedb_raft::PendingLog),

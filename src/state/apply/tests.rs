@@ -38,7 +38,7 @@ fn a_plain_assertion_reads_nothing_and_writes_two_small_rows() {
         commands.push(machine.command(Operation::Assert(vec![new])));
     }
     let body = EntryBody { format: ENTRY_FORMAT, log_time_ms: START_MS, commands };
-    let (batch, _) = machine.applier.apply(&Unread, &body).unwrap();
+    let (batch, _) = machine.applier.apply(&Unread, 0, &body).unwrap();
     // Two rows each; the moment and the counters once.
     assert_eq!(batch.rows.len(), 202);
     let bytes: usize = batch.rows.iter().map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len)).sum();
@@ -281,7 +281,7 @@ fn imports_move_their_position_with_the_chunk() {
 fn an_entry_of_a_newer_format_stops_the_node() {
     let mut machine = Machine::new();
     let body = EntryBody { format: 2, log_time_ms: 0, commands: Vec::new() };
-    let error = machine.applier.apply(&machine.tree, &body).unwrap_err().to_string();
+    let error = machine.applier.apply(&machine.tree, 0, &body).unwrap_err().to_string();
     assert!(error.contains("entry format 2, this program knows 1"), "{error}");
 }
 
@@ -370,8 +370,8 @@ fn an_applier_restored_in_the_middle_goes_on_identically() {
                 None => Applier::restore(&other_tree, steady.applier.fact_index(), steady.applier.log_time_ms(), tight)
                     .unwrap(),
             };
-            let (batch, outcomes) = steady.applier.apply(&steady.tree, &body).unwrap();
-            let (other_batch, other_outcomes) = restored.apply(&other_tree, &body).unwrap();
+            let (batch, outcomes) = steady.applier.apply(&steady.tree, step, &body).unwrap();
+            let (other_batch, other_outcomes) = restored.apply(&other_tree, step, &body).unwrap();
             assert_eq!(outcomes, other_outcomes, "seed {seed}, step {step}");
             assert_eq!(batch.rows, other_batch.rows, "seed {seed}, step {step}");
             steady.tree.write(&batch);
@@ -417,7 +417,7 @@ fn apply_speed() {
             let body = EntryBody { format: ENTRY_FORMAT, log_time_ms: machine.now_ms, commands };
             #[allow(clippy::disallowed_methods)]
             let started = std::time::Instant::now();
-            let (batch, _) = machine.applier.apply(&machine.tree, &body).unwrap();
+            let (batch, _) = machine.applier.apply(&machine.tree, 0, &body).unwrap();
             took += started.elapsed();
             machine.tree.write(&batch);
         }

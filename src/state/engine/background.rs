@@ -28,6 +28,8 @@ use super::{EngineError, ErrorClass, hidden, precheck};
 const FULL_RETRY: Duration = Duration::from_secs(1);
 /// Room that must be free beside the memtable before a flush begins: manifest, filters, index.
 const FLUSH_SPARE_BYTES: u64 = 4 * 1024 * 1024;
+/// Inodes that must be free: tables, the manifest, `current` beside its successor, and what others take meanwhile.
+const SPARE_INODES: u64 = 16;
 /// Without automatic compaction this many runs in level 0 are compacted all the same: the manifest
 /// counts runs in one byte, and writes stop at 24.
 const L0_RUNS_FORCED: usize = 16;
@@ -158,10 +160,10 @@ fn tables_failed(inner: &Inner, stage: Stage, before: &BTreeSet<u64>, error: Eng
 
 fn flush_one(inner: &Inner, sealed: &Sealed) -> Result<(), Failure> {
     let at = |stage| move |error| (stage, error);
-    let room = free_bytes(inner).map_err(at(Stage::FlushTables))?;
+    let (room, inodes) = free_room(inner, "flush").map_err(at(Stage::FlushTables))?;
     let needed = sealed.memtable.size().saturating_add(FLUSH_SPARE_BYTES);
-    if room < needed {
-        let why = format!("{room} bytes are free, {needed} are needed");
+    if room < needed || inodes < SPARE_INODES {
+        let why = format!("{room} bytes and {inodes} inodes are free, {needed} and {SPARE_INODES} are needed");
         let source = io::Error::new(io::ErrorKind::StorageFull, why);
         return Err((Stage::FlushTables, EngineError::io("flush", source)));
     }
@@ -196,10 +198,22 @@ fn flush_one(inner: &Inner, sealed: &Sealed) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Bytes that this process may still write below the folder.
-pub(crate) fn free_bytes(inner: &Inner) -> Result<u64, EngineError> {
-    let stat = rustix::fs::statvfs(&inner.dir).map_err(|e| EngineError::io("flush", e.into()))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+/// Bytes and inodes that this process may still take below the folder.
+fn free_room(inner: &Inner, operation: &'static str) -> Result<(u64, u64), EngineError> {
+    let stat = rustix::fs::statvfs(&inner.dir).map_err(|e| EngineError::io(operation, e.into()))?;
+    // A file system that makes inodes as it needs them counts none.
+    let inodes = if stat.f_files == 0 { u64::MAX } else { stat.f_favail };
+    Ok((stat.f_bavail.saturating_mul(stat.f_frsize), inodes))
+}
+
+/// A compaction's tables may fail for room as late as they like; its manifest may not.
+fn check_room_for_manifest(inner: &Inner) -> Result<(), EngineError> {
+    let (room, inodes) = free_room(inner, "compact")?;
+    if room >= FLUSH_SPARE_BYTES && inodes >= SPARE_INODES {
+        return Ok(());
+    }
+    let why = format!("{room} bytes and {inodes} inodes are free, {FLUSH_SPARE_BYTES} and {SPARE_INODES} are needed");
+    Err(EngineError::io("compact", io::Error::new(io::ErrorKind::StorageFull, why)))
 }
 
 fn wait_for_space(inner: &Inner, operation: &'static str, error: &EngineError) {
@@ -332,6 +346,7 @@ fn compact_step(inner: &Inner, compact: impl FnOnce(u64) -> lsm_tree::Result<()>
 
 fn compact_step_inner(inner: &Inner, compact: impl FnOnce(u64) -> lsm_tree::Result<()>) -> Result<bool, Failure> {
     let at = |stage| move |error| (stage, error);
+    check_room_for_manifest(inner).map_err(at(Stage::CompactionTables))?;
     let left = leftovers(inner);
     let writing = inner.writing_tables.read().unwrap_or_else(PoisonError::into_inner);
     let before = manifests_by_compaction(inner).map_err(at(Stage::CompactionTables))?;

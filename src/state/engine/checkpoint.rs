@@ -13,8 +13,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -36,9 +36,6 @@ const FORMAT: u16 = 1;
 /// magic, format, body length.
 const HEADER_BYTES: usize = 8 + 2 + 4;
 const HASH_BYTES: usize = 16;
-/// Compactions that may move the manifest while a checkpoint copies it. Each takes longer than a
-/// copy, so even a second attempt is rare.
-const COPY_ATTEMPTS: usize = 100;
 /// A healthy tree has fewer than 100 tables; more than this is no list of ours.
 const FILES_MAX: usize = 100_000;
 
@@ -293,9 +290,29 @@ fn decode_manifest(bytes: &[u8]) -> Result<Body, EngineError> {
     Ok(body)
 }
 
+/// The files that a manifest lists.
+///
+/// Errors: `Damaged` for a manifest that is none.
+pub fn announced_files(manifest: &[u8]) -> Result<Vec<CheckpointFile>, EngineError> {
+    Ok(decode_manifest(manifest)?.files)
+}
+
 /// A checkpoint that is not on this disk yet: its manifest, checked, and the folder it will be in.
 pub(crate) fn announced(dir: &Path, manifest: &[u8]) -> Result<Checkpoint, EngineError> {
     Ok(Checkpoint::with_body(dir, decode_manifest(manifest)?))
+}
+
+/// A version of the tree that stays on the disk, and the files that name it.
+pub(crate) struct PinnedManifest {
+    pub(crate) version: hidden::PinnedVersion,
+    pub(crate) current: Vec<u8>,
+    pub(crate) manifest: Vec<u8>,
+}
+
+impl PinnedManifest {
+    pub(crate) fn manifest_name(&self) -> String {
+        format!("v{}", self.version.manifest_id)
+    }
 }
 
 /// Keeps memtables after a ticket in memory until it is dropped.
@@ -351,11 +368,9 @@ impl LsmEngine {
         self.inner.check()?;
         self.inner.step("checkpoint", "checkpoint.begin")?;
         folder::create_synced(&into.join(TABLES)).map_err(failed)?;
-        // No flush changes the manifest while this is held, so rows and applied state agree.
-        let persisted = lock(&self.inner.persisted);
+        let (persisted, pinned) = self.pin_manifest()?;
         let applied = persisted.clone();
-        let (pinned, current, manifest) = self.copy_manifest()?;
-        let tables = pinned.tables();
+        let tables = pinned.version.tables();
         for table in &tables {
             folder::link_or_copy(&table.path, &into.join(TABLES).join(table.id.to_string())).map_err(failed)?;
         }
@@ -364,7 +379,7 @@ impl LsmEngine {
         self.inner.step("checkpoint", "checkpoint.linked")?;
 
         let mut files = Vec::with_capacity(tables.len() + 2);
-        for (name, bytes) in [(CURRENT.to_owned(), &current), (format!("v{}", pinned.manifest_id), &manifest)] {
+        for (name, bytes) in [(CURRENT.to_owned(), &pinned.current), (pinned.manifest_name(), &pinned.manifest)] {
             folder::write_synced(&into.join(&name), bytes).map_err(failed)?;
             files.push(CheckpointFile { name, bytes: bytes.len() as u64, xxh3: xxh3_128(bytes) });
         }
@@ -381,28 +396,44 @@ impl LsmEngine {
         Ok(Checkpoint::with_body(into, body))
     }
 
-    /// The newest version with the bytes of its `current` and manifest, all three of one moment.
-    pub(crate) fn copy_manifest(&self) -> Result<(hidden::PinnedVersion, Vec<u8>, Vec<u8>), EngineError> {
-        for _ in 0..COPY_ATTEMPTS {
-            let pinned = caught("checkpoint", || Ok(hidden::pin(&self.inner.tree)))?;
-            let path = self.inner.dir.join(CURRENT);
-            let bytes = fs::read(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?;
-            let current = Current::parse(&bytes).map_err(|why| EngineError::damaged_file("checkpoint", &path, why))?;
-            if current.manifest_id != pinned.manifest_id {
-                continue; // a compaction is just replacing it
-            }
-            let name = format!("v{}", pinned.manifest_id);
-            let manifest = match fs::read(self.inner.dir.join(&name)) {
-                Ok(manifest) => manifest,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(EngineError::read("checkpoint", &self.inner.dir.join(&name), error)),
-            };
-            if xxh3_128(&manifest) != current.manifest_xxh3 {
-                return Err(damaged(&self.inner.dir, &name, "is not what `current` says"));
-            }
-            return Ok((pinned, bytes, manifest));
+    /// The newest version with the bytes of its `current` and manifest, all three of one moment, and the
+    /// applied state that belongs to them; no flush changes them while it is held.
+    pub(crate) fn pin_manifest(&self) -> Result<(MutexGuard<'_, AppliedState>, PinnedManifest), EngineError> {
+        let persisted = lock(&self.inner.persisted);
+        if let Some(pinned) = self.copy_manifest()? {
+            return Ok((persisted, pinned));
         }
-        Err(EngineError::io("checkpoint", io::Error::other(format!("the manifest moved {COPY_ATTEMPTS} times"))))
+        drop(persisted);
+        // A compaction is just replacing it; none is while this is held. The order is that of a compaction.
+        let _none = lock(&self.inner.compacting);
+        let persisted = lock(&self.inner.persisted);
+        match self.copy_manifest()? {
+            Some(pinned) => Ok((persisted, pinned)),
+            None => {
+                Err(damaged(&self.inner.dir, CURRENT, "names another manifest than the tree has, or a missing one"))
+            }
+        }
+    }
+
+    /// `None` when they are not of one moment.
+    fn copy_manifest(&self) -> Result<Option<PinnedManifest>, EngineError> {
+        let version = caught("checkpoint", || Ok(hidden::pin(&self.inner.tree)))?;
+        let path = self.inner.dir.join(CURRENT);
+        let current = fs::read(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?;
+        let parsed = Current::parse(&current).map_err(|why| EngineError::damaged_file("checkpoint", &path, why))?;
+        if parsed.manifest_id != version.manifest_id {
+            return Ok(None);
+        }
+        let path = self.inner.dir.join(format!("v{}", version.manifest_id));
+        let manifest = match fs::read(&path) {
+            Ok(manifest) => manifest,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(EngineError::read("checkpoint", &path, error)),
+        };
+        if xxh3_128(&manifest) != parsed.manifest_xxh3 {
+            return Err(EngineError::damaged_file("checkpoint", &path, "is not what `current` says"));
+        }
+        Ok(Some(PinnedManifest { version, current, manifest }))
     }
 
     /// Each table is read from the medium, compared with its hash and synced once per process, before

@@ -36,15 +36,16 @@ impl LsmEngine {
     /// Blocking. Reads `current` and its manifest from the medium; they must be of one another, and what
     /// memory says they are.
     pub(crate) fn verify_manifest(&self) -> Result<(), EngineError> {
-        let (pinned, current, manifest) = self.copy_manifest()?;
-        for (name, bytes) in [(CURRENT.to_owned(), &current), (format!("v{}", pinned.manifest_id), &manifest)] {
+        let (_no_flush, pinned) = self.pin_manifest()?;
+        let current = &pinned.current;
+        for (name, bytes) in [(CURRENT.to_owned(), current), (pinned.manifest_name(), &pinned.manifest)] {
             let path = self.inner.dir.join(name);
             let found = direct::hash(&path, |_| ControlFlow::Continue(()));
             match found {
                 Ok(Hashed::Whole(_, hash)) if hash == xxh3_128(bytes) => {}
                 // Replaced meanwhile, and just written.
                 _ if fs::read(self.inner.dir.join(CURRENT))
-                    .is_ok_and(|now| now != current && Current::parse(&now).is_ok()) =>
+                    .is_ok_and(|now| now != *current && Current::parse(&now).is_ok()) =>
                 {
                     return Ok(());
                 }

@@ -68,10 +68,12 @@ impl Shelf {
         Ok(Shelf { dir, inner: Mutex::new(Inner { newest, number_next }) })
     }
 
-    /// Blocking. What is in the folder and is no checkpoint, and what is in the newest one and not of it.
+    /// Blocking. What is in the folder beside the newest checkpoint, and what is in that and not of it.
     pub(super) fn foreign_files(&self) -> Vec<PathBuf> {
-        let mut found = foreign::list(&self.dir, |name| number_of(name).is_some()).unwrap_or_default();
-        if let Some(newest) = self.newest() {
+        let newest = self.newest();
+        let is_newest = |name: &str| newest.as_ref().is_some_and(|newest| newest.dir().ends_with(name));
+        let mut found = foreign::list(&self.dir, is_newest).unwrap_or_default();
+        if let Some(newest) = &newest {
             let is_its =
                 |name: &str| name == MANIFEST || name == "tables" || newest.files().iter().any(|f| f.name == name);
             found.extend(foreign::list(newest.dir(), is_its).unwrap_or_default());

@@ -8,6 +8,7 @@ use crate::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
 use crate::state::command::*;
 use crate::state::keys::{self, FactKind};
 use crate::state::outcome_record::ClientKeyRecord;
+use crate::state::permits::Book;
 use crate::state::test_support::{START_MS, uuid};
 
 const GOLDEN: &str = include_str!("../../../tests/golden/state_format_1.txt");
@@ -126,6 +127,36 @@ fn entry() -> EntryBody {
     }
 }
 
+fn rebuild_entry() -> EntryBody {
+    let name = || "node-1".to_owned();
+    let ops = [
+        RebuildCommand::Grant { name: name(), job: 7, old_id: 1, id_min: 4, automatic: true },
+        RebuildCommand::Finish { name: name(), fresh_id: 300 },
+        RebuildCommand::Cancel { name: name(), job: 7 },
+    ];
+    let commands = ops.into_iter().map(|op| command(Operation::Rebuild(op))).collect();
+    EntryBody { format: ENTRY_FORMAT, log_time_ms: START_MS, commands }
+}
+
+fn book() -> Book {
+    let mut book = Book::default();
+    let grant = RebuildCommand::Grant { name: "node-1".into(), job: 7, old_id: 1, id_min: 4, automatic: true };
+    book.apply(&grant, 300, 5).unwrap();
+    book
+}
+
+fn permit() -> Outcome {
+    Outcome::Permit(book().permit.unwrap())
+}
+
+fn held() -> Outcome {
+    Outcome::Refused(Refusal::RebuildHeld { by: "node-1".into(), expires_in_s: 9 })
+}
+
+fn too_often() -> Outcome {
+    Outcome::Refused(Refusal::RebuiltTooOften { name: "node-1".into(), times: 2 })
+}
+
 /// Everything that reaches a disk from here: name and bytes.
 fn forms() -> Vec<(&'static str, Vec<u8>)> {
     let key = keys::assertion("debian/net/curl", "version", 70_000);
@@ -163,6 +194,11 @@ fn forms() -> Vec<(&'static str, Vec<u8>)> {
         ("client key apart", client_key(receipts(&[7, 9])).encode().unwrap()),
         ("client key refused", client_key(late).encode().unwrap()),
         ("entry", entry().encode().unwrap()),
+        ("entry rebuild", rebuild_entry().encode().unwrap()),
+        ("rebuild permits", book().encode().unwrap()),
+        ("client key permit", client_key(permit()).encode().unwrap()),
+        ("client key rebuild held", client_key(held()).encode().unwrap()),
+        ("client key rebuilt too often", client_key(too_often()).encode().unwrap()),
     ]
 }
 
@@ -197,11 +233,20 @@ fn records_come_back() {
     assert_eq!(EpochRecord::decode(&epoch().encode()), Ok(epoch()));
     let key = keys::assertion("a/b", "c", 9);
     assert_eq!(decode_place(&encode_place(&key)), Ok(key));
-    for outcome in [receipts(&[]), receipts(&[1]), receipts(&[1, 2, 3, 9, 10, 5]), Outcome::Refused(Refusal::Cycle)] {
+    for outcome in [
+        receipts(&[]),
+        receipts(&[1]),
+        receipts(&[1, 2, 3, 9, 10, 5]),
+        Outcome::Refused(Refusal::Cycle),
+        permit(),
+        held(),
+        too_often(),
+    ] {
         let record = client_key(outcome);
         assert_eq!(ClientKeyRecord::decode(&record.encode().unwrap()), Ok(record));
     }
     assert_eq!(EntryBody::decode(&entry().encode().unwrap()).unwrap(), entry());
+    assert_eq!(EntryBody::decode(&rebuild_entry().encode().unwrap()).unwrap(), rebuild_entry());
 }
 
 #[test]

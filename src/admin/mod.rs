@@ -1,0 +1,4 @@
+//! What operators, and nodes by themselves, do to a cluster: each flow a pure function from what is seen to the next
+//! step. Runners in `node` carry the steps out.
+
+pub mod rebuild;

@@ -1,0 +1,46 @@
+//! A node makes itself anew from a replica: after a failed disk, a lost log, an emptied folder, or because an
+//! operator wants it.
+//!
+//! ```text
+//!  admin::rebuild::next ─► step ─► runner ──► grant (at the leader)      messages
+//!   ▲ view                          ├──► offer (at a replica) ─► pull ─► <data>/rebuild/
+//!   └── journal <data>/rebuild/job ─┤
+//!                                   └──► swap ─► <data>/quarantine/, then the next incarnation
+//! ```
+//!
+//! What may be done when is decided in `admin::rebuild` and `grant::may_grant`, both pure, and by the replicated
+//! rules of `state::permits`. Clients go on being served through the other nodes all the while.
+
+pub mod desk;
+pub mod fail_point;
+pub mod grant;
+pub mod journal;
+pub mod messages;
+pub mod offer;
+pub mod order;
+pub mod probe;
+pub mod pull;
+pub mod quarantine;
+mod runner;
+pub mod swap;
+pub mod throttle;
+
+pub use runner::{ask_any, membership_of, pulling_identity, run};
+
+/// What is wrong with an incarnation that a rebuild cures. Whoever finds out sets it in `Shared::need`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The tree is damaged; log and vote are sound.
+    Tree(String),
+    /// Log or vote cannot be used any more: the node comes back under a fresh id.
+    Node(String),
+}
+
+impl Need {
+    /// Why, one sentence.
+    pub fn why(&self) -> &str {
+        match self {
+            Need::Tree(why) | Need::Node(why) => why,
+        }
+    }
+}

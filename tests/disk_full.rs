@@ -21,7 +21,14 @@ const MIB: u64 = 1024 * 1024;
 const DISK_BYTES: u64 = 48 * MIB;
 const INODES: u64 = 400;
 
+/// One cluster at a time: nine processes on two cores are another test.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// Lines of a node's log that a failed test shows.
+const LOG_LINES: usize = 60;
+
 struct Cluster {
+    _alone: tokio::sync::MutexGuard<'static, ()>,
     nodes: Vec<NodePlan>,
     disks: Vec<SmallDisk>,
     _dir: tempfile::TempDir,
@@ -31,6 +38,7 @@ struct Cluster {
 impl Cluster {
     /// Starts three nodes, each on a disk of its own. `None` where nothing can be mounted.
     async fn start() -> Option<Cluster> {
+        let alone = ALONE.lock().await;
         let dir = tempfile::tempdir().unwrap();
         let mut disks = Vec::new();
         for _ in 0..3 {
@@ -46,9 +54,13 @@ impl Cluster {
         for node in &nodes {
             let text = fs::read_to_string(node.config_file()).unwrap();
             let text = text.replace("[storage]\n", "[wal]\nsegment_size_mb = 1\n\n[storage]\nmemtable_mb = 1\n");
+            // A slow machine is no fault: elections by overload are not what is tested, and every request is answered.
+            let clocks =
+                "heartbeat_ms = 100\nelection_min_ms = 800\nelection_max_ms = 1600\nrequest_deadline_ms = 60000\n";
+            let text = text.replace("bootstrap_expect = 3\n", &format!("bootstrap_expect = 3\n{clocks}"));
             fs::write(node.config_file(), text).unwrap();
         }
-        let mut cluster = Cluster { nodes, disks, _dir: dir, local };
+        let mut cluster = Cluster { _alone: alone, nodes, disks, _dir: dir, local };
         cluster.up().await;
         Some(cluster)
     }
@@ -155,6 +167,16 @@ impl Cluster {
     }
 }
 
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for node in self.nodes.iter().filter(|_| std::thread::panicking()) {
+            let log = fs::read_to_string(node.log_file()).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            println!("{}:\n{}", node.name, lines[lines.len().saturating_sub(LOG_LINES)..].join("\n"));
+        }
+    }
+}
+
 async fn post(client: &mut Client, path: &str, body: Value, key: &str) -> Answer {
     client.call(&Call::post(path, body.to_string()).idempotency_key(key).unwrap(), HANG).await.unwrap()
 }
@@ -196,7 +218,7 @@ fn assert_full(answer: &Answer) -> Value {
     assert_eq!(answer.status, 507, "{}", answer.describe());
     let problem: Value = answer.json().unwrap();
     assert_eq!((&problem["type"], &problem["outcome"]), (&json!("/problems/disk-full"), &json!("not_applied")));
-    assert!(problem["bytes_free"].is_u64() && problem["bytes_needed"].as_u64() > Some(0), "{problem}");
+    assert!(problem["bytes_free"].is_u64() && problem["bytes_needed"].is_u64(), "{problem}");
     assert!(problem["nodes"][0]["next_command"].as_str().unwrap().starts_with("df -h /"), "{problem}");
     problem
 }
@@ -288,6 +310,7 @@ async fn with_all_disks_full_writes_get_507_reads_go_on_and_freed_space_ends_it(
         let answer = write(&mut cluster.client(node), number).await;
         println!("507 through node {} after {:?}", node + 1, began.elapsed());
         let problem = assert_full(&answer);
+        assert!(problem["bytes_needed"].as_u64() > Some(0), "{problem}");
         // Of the third the leader may not have heard yet.
         assert!(problem["nodes"].as_array().unwrap().len() >= 2, "{problem}");
         refused.insert(number);

@@ -23,7 +23,7 @@ use stemedb::{
     },
     state::command::{CommandKey, KeySource, Operation, Outcome},
 };
-use stemedb_raft::disk::{RealDisk, sim::SimDisk};
+use stemedb_raft::disk::sim::SimDisk;
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
@@ -93,7 +93,7 @@ impl Cluster {
             config.cluster.peers = peers.clone();
             config.cluster.bootstrap_expect = 3;
             let space = Arc::<Told>::clone(&disks[i]);
-            let ground = Ground { peer_listener: Some(listener), disk: RealDisk::new(), space };
+            let ground = Ground { peer_listener: Some(listener), space, ..Ground::default() };
             nodes.push(Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap());
         }
         let cluster = Cluster { _dir: dir, nodes, disks };
@@ -298,7 +298,7 @@ async fn a_shortage_after_proposing_is_unknown_and_what_was_refused_never_appear
         let mut config = config(dir.path(), "node-1");
         config.cluster.peer_listen = Some("127.0.0.1:0".into());
         config.cluster.request_deadline_ms = 2_000;
-        let ground = Ground { peer_listener: None, disk: sim.shared(), space: Told::new() };
+        let ground = Ground { space: Told::new(), disk: sim.shared(), ..Ground::default() };
         let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
         until("readiness", || node.is_ready().is_ok()).await;
         node

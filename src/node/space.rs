@@ -193,7 +193,8 @@ impl std::fmt::Display for Shortage {
             write!(f, "; {blocked}")?;
         }
         match (self.bytes_needed(), self.inodes_needed()) {
-            (0, 0) => {}
+            // Something that asked for room has not asked again yet; or a quota holds it back.
+            (0, 0) => return write!(f, " (`df -h {data_dir}; df -i {data_dir}`, and quotas)"),
             (0, inodes) => write!(f, ". Remove at least {inodes} files")?,
             (bytes, 0) => write!(f, ". Free at least {bytes} bytes")?,
             (bytes, inodes) => write!(f, ". Free at least {bytes} bytes and remove at least {inodes} files")?,
@@ -301,7 +302,13 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(text.contains("df -h /data; df -i /data"), "{text}");
+        shortage.bytes_free = 150;
         shortage.inodes_free = None;
+        shortage.blocked = Some("the tree waits".into());
+        assert!(
+            shortage.to_string().ends_with("; the tree waits (`df -h /data; df -i /data`, and quotas)"),
+            "{shortage}"
+        );
         assert!(!shortage.to_string().contains("inodes"), "{shortage}");
     }
 }

@@ -77,8 +77,6 @@ pub trait DiskFile: Send + Sync {
     /// Makes the written bytes durable. After an error nothing is known of them, and calling it
     /// again would lie.
     fn sync_data(&self) -> io::Result<()>;
-    /// Asks that the next read come from the disk and not from the page cache. Advice: dirty pages stay.
-    fn drop_cache(&self) -> io::Result<()>;
 }
 
 /// Whether a reservation, or the making of a file, failed for want of room or quota.

@@ -10,8 +10,6 @@
 //! another file never pass. Integers are little-endian. What must survive the loss of one block
 //! without help from a peer (header, marks) is there twice, in different blocks.
 
-use serde::{Deserialize, Serialize};
-
 use crate::types::LogId;
 
 /// Version of the bytes described here. A segment of a newer one is refused.
@@ -122,7 +120,7 @@ pub struct Row {
 }
 
 /// What an entry is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     /// No payload: a new leader's first entry.
     Blank,

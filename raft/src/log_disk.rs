@@ -219,8 +219,4 @@ impl DiskFile for LogFile {
     fn sync_data(&self) -> io::Result<()> {
         self.disk.change(SYNC, &self.name, never, || self.file.sync_data())
     }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
-    }
 }

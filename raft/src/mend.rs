@@ -279,7 +279,7 @@ fn make_segment(disk: &dyn Disk, options: &WalOptions, looked: &Looked, run: &Ru
     });
     let header = SegmentHeader {
         number,
-        identity: rand::random(),
+        identity: (options.identities)(),
         segment_bytes: (data_offset(rows) + frames).next_multiple_of(BLOCK_BYTES as u64),
         rows,
         first_index: first.index,

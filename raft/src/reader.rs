@@ -132,6 +132,7 @@ impl WalReader {
             index,
             "{unreadable}: asking for a copy"
         );
+        // What it is known here in full: no anchor is needed to tell it from others.
         let question = EntryQuestion {
             index,
             term: Some(unreadable.term),

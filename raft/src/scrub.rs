@@ -71,9 +71,6 @@ pub(crate) fn sealed_segments(index: &LogIndex) -> Vec<SealedSegment> {
 pub(crate) fn verify_segment(shared: &Arc<Shared>, number: u64, pace: &mut Pacer<'_>) -> Option<SegmentCheck> {
     let (file, live) = shared.index().sealed(number)?;
     let mut check = SegmentCheck::default();
-    if let Err(error) = file.drop_cache() {
-        tracing::warn!(segment = segment_name(number), %error, "the page cache keeps this segment: it is not read from the disk");
-    }
     let whole = header_copies(shared, &*file, number, live.first(), &mut check);
     check.complete = run(shared, &live, whole, &mut check, pace).is_continue();
     // What was purged or truncated meanwhile may be gone from the disk too, and that is no damage.
@@ -124,7 +121,7 @@ fn read(
     let mut buf = BytesMut::zeroed(usize::try_from(bytes).map_err(|e| e.to_string())?);
     // Nobody waits for a scrubber.
     let _seen = shared.io_times.enter("read", &segment_name(number), true);
-    let read = file.read_at(&mut buf, at).map_err(|error| format!("it cannot be read: {error}"))?;
+    let read = file.read_uncached_at(&mut buf, at).map_err(|error| format!("it cannot be read: {error}"))?;
     check.bytes_read += read as u64;
     buf.truncate(read);
     Ok(buf.freeze())

@@ -32,15 +32,8 @@ fn text(index: u64) -> String {
 }
 
 fn copy_of(index: u64) -> EntryCopy {
-    EntryCopy {
-        index,
-        term: 1,
-        kind: EntryKind::Normal.to_byte(),
-        payload: text(index).into_bytes().into(),
-        previous: None,
-        has_anchor: false,
-        committed: true,
-    }
+    let (kind, payload) = (EntryKind::Normal.to_byte(), text(index).into_bytes().into());
+    EntryCopy { index, term: 1, kind, payload, previous: None, has_anchor: false, committed: true }
 }
 
 /// Two sealed segments and a last one.
@@ -110,6 +103,12 @@ async fn the_scrubber_finds_each_damage_and_a_copy_repairs_it() {
             if what != "frame header" {
                 assert_eq!(bytes_of(&sim, 1), expected, "{what} of entry {index}, {position}.");
             }
+            // And where the device cannot even read what was there.
+            sim.set_unreadable(&path(1), [at as usize / 4096]).unwrap();
+            for damage in handle.verify_segment(1).unwrap().damage {
+                handle.repair_entry(damage.index, copy_of(damage.index)).await.unwrap();
+            }
+            assert_eq!(handle.verify_segment(1).unwrap().damage, []);
             close_and_reopen(&sim, store).await;
         }
     }
@@ -189,19 +188,20 @@ async fn a_reader_heals_what_it_cannot_read() {
     store.handle().set_healer(Some(Arc::clone(&replica) as Arc<_>));
     let (first, second) = (places(&sim, 1), places(&sim, 2));
     sim.corrupt(&path(1), |b| b[first[1].1 as usize + 500] ^= 2).unwrap();
-    let (lost, at, _) = second[0];
-    sim.set_read_error_range(&path(2), at..at + 4096).unwrap();
+    // A block at the border of two entries: both are lost with it.
+    let (lost, at, _) = second[1];
+    sim.set_unreadable(&path(2), [at as usize / 4096]).unwrap();
     let found = store.reader().read_async(0, 100, u64::MAX).await.unwrap();
     assert_eq!(found.iter().map(text_of).collect::<Vec<_>>(), (0..12).map(text).collect::<Vec<_>>());
     let asked: Vec<_> = replica.asked.lock().unwrap().iter().map(|q| (q.index, q.term, q.durable)).collect();
-    assert_eq!(asked, [(first[1].0, Some(1), true), (lost, Some(1), true)]);
+    assert_eq!(asked, [(first[1].0, Some(1), true), (lost - 1, Some(1), true), (lost, Some(1), true)]);
     // The writer has put both right: the sync reader, which asks nobody, finds them.
     let handle = store.handle();
     while handle.verify_segment(1).unwrap().damage.len() + handle.verify_segment(2).unwrap().damage.len() > 0 {
         tokio::task::yield_now().await;
     }
     assert_eq!(contents(&store).unwrap().len(), 12);
-    assert_eq!(replica.asked.lock().unwrap().len(), 2);
+    assert_eq!(replica.asked.lock().unwrap().len(), 3);
     close_and_reopen(&sim, store).await;
 }
 
@@ -236,8 +236,8 @@ async fn a_repair_that_the_disk_does_not_take_latches() {
     }
     // A write that lands elsewhere and says Ok is found by reading back.
     let (sim, store) = written().await;
-    let (index, at, _) = places(&sim, 1)[1];
-    sim.corrupt(&path(1), |b| b[at as usize + 500] ^= 2).unwrap();
+    let (index, _, row) = places(&sim, 1)[1];
+    sim.corrupt(&path(1), |b| b[row as usize] ^= 2).unwrap();
     sim.misdirect_next_write("segment.001", 60_000);
     assert!(matches!(store.handle().repair_entry(index, copy_of(index)).await, Err(RepairError::Latched(_))));
 }

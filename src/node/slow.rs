@@ -181,7 +181,9 @@ mod tests {
 
     #[test]
     fn leadership_goes_to_one_that_is_clearly_faster_and_only_then() {
-        let table: &[(u64, bool, &[(u64, Option<u64>)], Advice)] = &[
+        /// Own percentile, whether it leads, the others', and what follows.
+        type Row = (u64, bool, &'static [(u64, Option<u64>)], Advice);
+        let table: &[Row] = &[
             (300, true, &[(2, Some(90)), (3, Some(20))], Advice::MoveTo(3)),
             (300, true, &[(2, Some(100))], Advice::MoveTo(2)),
             (300, true, &[(2, Some(101))], Advice::Nothing),

@@ -6,7 +6,7 @@
 //! which everything else follows, and at last closes the doors itself, because a process with a thread that is stuck in
 //! the kernel cannot exit, and its sockets would go on accepting.
 
-use std::{io, sync::Arc, thread, time::Duration};
+use std::{collections::VecDeque, io, sync::Arc, thread, time::Duration};
 
 use stemedb_raft::{clock, io_times::IoInFlight};
 
@@ -15,6 +15,11 @@ use crate::config::ClusterSection;
 
 /// How often it looks: a small part of the shortest limit, and cheap.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// Two looks further apart than this mean that the process did not run: it was stopped, or its machine was. That time
+/// says nothing about the disk.
+const PAUSED_MS: u64 = 200;
+/// Pauses that are remembered. More of them within one operation only count as waiting.
+const PAUSES_MAX: usize = 64;
 
 /// What to do. Each is said once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,12 +51,38 @@ pub struct Watchdog {
     handoff_ms: u64,
     fence_ms: u64,
     phase: Phase,
+    /// Of the last look; 0 before the first.
+    looked_at_ms: u64,
+    /// When the process ran again, and for how long it had not.
+    pauses: VecDeque<(u64, u64)>,
 }
 
 impl Watchdog {
     /// With the limits of the configuration.
     pub fn new(cluster: &ClusterSection) -> Watchdog {
-        Watchdog { handoff_ms: cluster.stall_handoff_ms, fence_ms: cluster.stall_fence_ms, phase: Phase::Fine }
+        Watchdog::with_limits(cluster.stall_handoff_ms, cluster.stall_fence_ms)
+    }
+
+    fn with_limits(handoff_ms: u64, fence_ms: u64) -> Watchdog {
+        let pauses = VecDeque::new();
+        Watchdog { handoff_ms, fence_ms, phase: Phase::Fine, looked_at_ms: 0, pauses }
+    }
+
+    /// For how long an operation has been under way while this process ran.
+    fn age_ms(&self, io: &IoInFlight, now_ms: u64) -> u64 {
+        let paused: u64 = self.pauses.iter().filter(|(end, _)| *end > io.since_ms).map(|(_, for_ms)| *for_ms).sum();
+        io.age_ms(now_ms).saturating_sub(paused)
+    }
+
+    fn note_pause(&mut self, now_ms: u64) {
+        let since_ms = std::mem::replace(&mut self.looked_at_ms, now_ms);
+        let gap_ms = now_ms.saturating_sub(since_ms);
+        if since_ms > 0 && gap_ms >= PAUSED_MS {
+            if self.pauses.len() == PAUSES_MAX {
+                self.pauses.pop_front();
+            }
+            self.pauses.push_back((now_ms, gap_ms));
+        }
     }
 
     /// Milliseconds after which an operation stalls the node, and after which it fences it. What nobody waits for yet
@@ -62,16 +93,18 @@ impl Watchdog {
 
     /// What to do, given everything that is under way at `now_ms`.
     pub fn next(&mut self, under_way: &[IoInFlight], now_ms: u64) -> Act {
-        let stalls = under_way.iter().filter(|io| io.age_ms(now_ms) >= self.limits_ms(io).0);
-        let Some(oldest) = stalls.max_by_key(|io| io.age_ms(now_ms)) else {
+        self.note_pause(now_ms);
+        let stalls = under_way.iter().filter(|io| self.age_ms(io, now_ms) >= self.limits_ms(io).0);
+        let Some(oldest) = stalls.max_by_key(|io| self.age_ms(io, now_ms)) else {
             return match self.phase {
                 Phase::Fine | Phase::Over => Act::Nothing,
                 Phase::Stalled => self.turn(Phase::Fine, Act::Resume),
                 Phase::Fenced => self.turn(Phase::Over, Act::FenceOver),
             };
         };
-        let fences = under_way.iter().any(|io| io.age_ms(now_ms) >= self.limits_ms(io).1);
-        let why = format!("{} {} has not returned for {} ms", oldest.operation, oldest.file, oldest.age_ms(now_ms));
+        let fences = under_way.iter().any(|io| self.age_ms(io, now_ms) >= self.limits_ms(io).1);
+        let why =
+            format!("{} {} has not returned for {} ms", oldest.operation, oldest.file, self.age_ms(oldest, now_ms));
         match (self.phase, fences) {
             (Phase::Fine | Phase::Stalled, true) => self.turn(Phase::Fenced, Act::Fence(why)),
             (Phase::Fine, false) => self.turn(Phase::Stalled, Act::Stall(why)),
@@ -153,45 +186,51 @@ mod tests {
         IoInFlight { operation: "sync", file: "segment.001.wal".into(), since_ms, background }
     }
 
+    /// Looks every 10 ms over that time; what was said, and when.
+    fn look(dog: &mut Watchdog, under_way: &[IoInFlight], from_ms: u64, to_ms: u64) -> Vec<(u64, Act)> {
+        let times = (from_ms..to_ms).step_by(10);
+        times.map(|now_ms| (now_ms, dog.next(under_way, now_ms))).filter(|(_, act)| *act != Act::Nothing).collect()
+    }
+
     fn watchdog() -> Watchdog {
-        Watchdog { handoff_ms: 500, fence_ms: 10_000, phase: Phase::Fine }
+        Watchdog::with_limits(500, 10_000)
     }
 
     #[test]
     fn a_sync_that_hangs_stalls_then_fences_and_its_end_ends_the_process() {
         let mut dog = watchdog();
-        let hangs = [io(1_000, false)];
-        assert_eq!(dog.next(&hangs, 1_499), Act::Nothing);
-        let why = "sync segment.001.wal has not returned for 500 ms".to_owned();
-        assert_eq!(dog.next(&hangs, 1_500), Act::Stall(why));
-        assert_eq!(dog.next(&hangs, 10_999), Act::Nothing, "said once");
-        assert!(matches!(dog.next(&hangs, 11_000), Act::Fence(_)));
-        assert_eq!(dog.next(&hangs, 99_000), Act::Nothing);
-        assert_eq!(dog.next(&[], 99_001), Act::FenceOver);
-        assert_eq!(dog.next(&hangs, 199_000), Act::Nothing, "nothing comes after the end");
+        let said = look(&mut dog, &[io(1_000, false)], 1_000, 60_000);
+        let stalled = "sync segment.001.wal has not returned for 500 ms".to_owned();
+        let fenced = "sync segment.001.wal has not returned for 10000 ms".to_owned();
+        assert_eq!(said, [(1_500, Act::Stall(stalled)), (11_000, Act::Fence(fenced))]);
+        assert_eq!(look(&mut dog, &[], 60_000, 60_500), [(60_000, Act::FenceOver)]);
+        assert_eq!(look(&mut dog, &[io(60_500, false)], 60_500, 90_000), [], "nothing comes after the end");
     }
 
     #[test]
     fn a_stall_that_ends_before_the_fence_is_over_and_may_come_back() {
         let mut dog = watchdog();
-        assert!(matches!(dog.next(&[io(0, false)], 700), Act::Stall(_)));
-        assert_eq!(dog.next(&[io(700, false)], 800), Act::Resume, "another one, and young");
-        assert!(matches!(dog.next(&[io(700, false)], 1_200), Act::Stall(_)));
-        assert_eq!(dog.next(&[], 1_300), Act::Resume);
-        assert_eq!(dog.next(&[], 1_400), Act::Nothing);
+        assert!(matches!(look(&mut dog, &[io(10, false)], 10, 700)[..], [(510, Act::Stall(_))]));
+        let another = look(&mut dog, &[io(700, false)], 700, 1_300);
+        assert!(matches!(another[..], [(700, Act::Resume), (1_200, Act::Stall(_))]), "{another:?}");
+        assert_eq!(look(&mut dog, &[], 1_300, 2_000), [(1_300, Act::Resume)]);
     }
 
     #[test]
     fn what_nobody_waits_for_may_take_longer_and_not_for_ever() {
-        let mut dog = watchdog();
-        assert_eq!(dog.next(&[io(0, true)], 9_999), Act::Nothing);
-        assert!(matches!(dog.next(&[io(0, true)], 10_000), Act::Stall(_)));
-        assert_eq!(dog.next(&[io(0, true)], 19_999), Act::Nothing);
-        assert!(matches!(dog.next(&[io(0, true)], 20_000), Act::Fence(_)));
+        let said = look(&mut watchdog(), &[io(10, true)], 10, 60_000);
+        assert!(matches!(said[..], [(10_010, Act::Stall(_)), (20_010, Act::Fence(_))]), "{said:?}");
     }
 
     #[test]
-    fn a_thread_that_was_not_run_for_long_fences_at_once() {
-        assert!(matches!(watchdog().next(&[io(0, false)], 60_000), Act::Fence(_)));
+    fn a_process_that_was_stopped_for_a_minute_has_no_disk_that_hangs() {
+        let mut dog = watchdog();
+        assert_eq!(look(&mut dog, &[io(100, false)], 100, 400), []);
+        // Stopped with its sync under way, and before that has returned it is looked at again.
+        let said = look(&mut dog, &[io(100, false)], 60_000, 60_150);
+        assert_eq!(said, []);
+        // What does not return then hangs after all.
+        let said = look(&mut dog, &[io(100, false)], 60_150, 80_000);
+        assert!(matches!(said[..], [(60_210, Act::Stall(_)), (69_710, Act::Fence(_))]), "{said:?}");
     }
 }

@@ -97,7 +97,7 @@ impl Cluster {
 
     async fn start_on(&mut self, i: usize, peer: TcpListener, http: TcpListener) -> Result<(), StartError> {
         let disk = Arc::new(PanicDisk { under: self.disks[i].shared(), armed: Arc::clone(&self.panics[i]) });
-        let ground = Ground { peer_listener: Some(peer), disk };
+        let ground = Ground { peer_listener: Some(peer), disk, ..Ground::default() };
         let node = Node::start_on(self.config(i), Arc::new(Metrics::new()), ground).await?;
         let stop = CancellationToken::new();
         let serving = api::serve(http, Arc::clone(&node), stop.clone());
@@ -343,6 +343,9 @@ impl Disk for PanicDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         self.under.sync_dir(dir)
     }
+    fn space(&self, dir: &Path) -> io::Result<stemedb_raft::disk::Space> {
+        self.under.space(dir)
+    }
     fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>> {
         self.under.lock(path)
     }
@@ -354,6 +357,9 @@ impl DiskFile for PanicFile {
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.under.read_at(buf, offset)
+    }
+    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.under.read_uncached_at(buf, offset)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.under.write_at(buf, offset)

@@ -82,7 +82,8 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        File::open(dir)?.sync_all()
+        rustix::fs::fsync(&File::open(dir)?)?;
+        Ok(())
     }
 
     fn space(&self, dir: &Path) -> io::Result<Space> {
@@ -201,11 +202,6 @@ impl DiskFile for RealFile {
     fn sync_data(&self) -> io::Result<()> {
         // Not `File::sync_data`: the standard library calls again what a signal interrupted, and a second sync lies.
         rustix::fs::fdatasync(&self.0)?;
-        Ok(())
-    }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?;
         Ok(())
     }
 }

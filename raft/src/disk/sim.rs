@@ -9,7 +9,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -23,7 +22,7 @@ mod faults;
 mod file;
 mod mount;
 
-use faults::{Action, CHANGES, ENOSPC, EROFS, Plans, errno};
+use faults::{Action, CHANGES, EIO, ENOSPC, EROFS, Plans, errno};
 pub use faults::{FileSystem, Kind, SyncFault};
 use mount::SimMount;
 
@@ -40,13 +39,38 @@ struct SimInode {
     cached: Vec<u8>,
     durable: Vec<u8>,
     dirty: BTreeSet<usize>,
-    unreadable: Vec<Range<u64>>,
+    /// No read of the file works.
+    read_error: bool,
+    /// Blocks that the device cannot read, until each is written in full.
+    unreadable: BTreeSet<usize>,
     /// Write-back errors so far; a handle that has seen fewer is told at its next sync.
     errors: u64,
     error_was_told: bool,
 }
 
 impl SimInode {
+    fn check_readable(&self, start: usize, len: usize) -> io::Result<()> {
+        let blocks = start / BLOCK_BYTES..(start + len).div_ceil(BLOCK_BYTES);
+        match self.read_error || self.unreadable.range(blocks).next().is_some() {
+            true => Err(errno(EIO)),
+            false => Ok(()),
+        }
+    }
+
+    /// Blocks written in full are good again; a part of one cannot be written without reading the rest.
+    fn check_writable(&mut self, start: usize, len: usize) -> io::Result<()> {
+        let end = start + len;
+        let touched: Vec<usize> =
+            self.unreadable.range(start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).copied().collect();
+        for block in touched {
+            if start > block * BLOCK_BYTES || end < (block + 1) * BLOCK_BYTES {
+                return Err(errno(EIO));
+            }
+            self.unreadable.remove(&block);
+        }
+        Ok(())
+    }
+
     fn evict(&mut self) {
         if self.dirty.is_empty() {
             self.cached = self.durable.clone();
@@ -410,25 +434,13 @@ impl SimDisk {
 
     /// Every read of the file fails, or works again.
     pub fn set_read_error(&self, path: &Path, fails: bool) -> io::Result<()> {
-        let mut state = self.state();
-        let inode = state.inode_at(path)?;
-        inode.unreadable.clear();
-        if fails {
-            inode.unreadable.push(0..u64::MAX);
-        }
+        self.state().inode_at(path)?.read_error = fails;
         Ok(())
     }
 
     /// Blocks of 4,096 bytes of the file cannot be read any more, until each is written in full.
     pub fn set_unreadable(&self, path: &Path, blocks: impl IntoIterator<Item = usize>) -> io::Result<()> {
-        let block = |block: usize| (block * BLOCK_BYTES) as u64..((block + 1) * BLOCK_BYTES) as u64;
-        self.state().inode_at(path)?.unreadable.extend(blocks.into_iter().map(block));
-        Ok(())
-    }
-
-    /// Reads that touch the range fail with EIO, until it is written as a whole.
-    pub fn set_read_error_range(&self, path: &Path, range: Range<u64>) -> io::Result<()> {
-        self.state().inode_at(path)?.unreadable.push(range);
+        self.state().inode_at(path)?.unreadable.extend(blocks);
         Ok(())
     }
 

@@ -1,20 +1,19 @@
 //! Writing a damaged entry again, in its place, from another replica's copy.
 //!
 //! The index in memory has what the entry was: term, place, length, payload checksum. The copy must agree with all
-//! of that. Frame and row are written, synced, and read back past the page cache; whatever fails there latches.
+//! of that. Frame and row are written in whole blocks, because a block that cannot be read can be written only so,
+//! synced, and read back past the page cache; whatever fails there latches.
 
-use std::{io, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Step, Writer};
 use crate::{
     disk::DiskFile,
     error::RepairError,
-    frame::{
-        EntryKind, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader, payload_crc,
-    },
-    index::{Located, OnDisk},
-    log_disk::LogFile,
+    frame::{EntryKind, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader},
+    index::{Located, Lookup, OnDisk},
     open::row_of,
+    patch::{BLOCK, Patch, is_media_error},
     repair::EntryCopy,
 };
 
@@ -41,23 +40,14 @@ impl Writer {
         if !copy.is_of(copy.index, &site.on_disk.located) {
             return Err(RepairError::OtherEntry(copy.index));
         }
-        let (name, identity, located) = (&site.on_disk.segment, site.on_disk.identity, site.on_disk.located);
         let Some(kind) = copy.kind() else {
             return Err(RepairError::OtherEntry(copy.index));
         };
-        let header = self.header_of(&site, copy, kind);
-        let mut frame = header.to_vec();
+        let OnDisk { file, segment: name, identity, located, .. } = &site.on_disk;
+        let mut frame = self.header_of(&site, kind).to_vec();
         frame.extend_from_slice(&copy.payload);
-        let row = row_of(copy.index, &located).encode(identity);
-        let file = self.disk.file(Arc::clone(&site.on_disk.file), name);
-        let offset = u64::from(located.offset);
-        let write = || {
-            file.write_at(&frame, offset)?;
-            file.write_at(&row, site.row_at)?;
-            file.sync_data()
-        };
-        write().map_err(|e| self.failed_on("repair", name, &e))?;
-        self.read_back(&file, name, &[(&frame, offset), (&row, site.row_at)])?;
+        let row = row_of(copy.index, located).encode(*identity);
+        self.write_again(file, name, &[(u64::from(located.offset), &frame), (site.row_at, &row)])?;
         tracing::info!(segment = name, index = copy.index, "a damaged entry was written again from a replica's copy");
         Ok(())
     }
@@ -75,34 +65,26 @@ impl Writer {
         let Some(header) = intact_header(&*file) else {
             return Err(RepairError::HeaderLost(number));
         };
-        let (file, bytes) = (self.disk.file(file, &name), header.encode());
-        let write = || {
-            HEADER_OFFSETS.into_iter().try_for_each(|at| file.write_at(&bytes, at))?;
-            file.sync_data()
-        };
-        write().map_err(|e| self.failed_on("repair", &name, &e))?;
-        self.read_back(&file, &name, &HEADER_OFFSETS.map(|at| (&bytes[..], at)))?;
+        let bytes = header.encode();
+        self.write_again(&file, &name, &HEADER_OFFSETS.map(|at| (at, &bytes[..])))?;
         Ok(())
     }
 
-    /// What was written must be there: a disk that drops it has failed.
-    fn read_back(&self, file: &LogFile, name: &str, written: &[(&[u8], u64)]) -> Step {
-        let read = || -> io::Result<()> {
-            file.drop_cache()?;
-            for (bytes, at) in written {
-                let mut found = vec![0; bytes.len()];
-                let read = file.read_at(&mut found, *at)?;
-                if read < bytes.len() || found != *bytes {
-                    return Err(io::Error::other(format!("what was written at byte {at} is not there")));
-                }
-            }
-            Ok(())
+    /// Writes pieces into a file of the log: once, synced, and looked at again past the page cache. A disk that drops
+    /// what it took has failed.
+    fn write_again(&self, file: &Arc<dyn DiskFile>, name: &str, pieces: &[(u64, &[u8])]) -> Step {
+        let file: Arc<dyn DiskFile> = Arc::new(self.disk.file(Arc::clone(file), name));
+        let write = || {
+            let mut patch = Patch::new(Arc::clone(&file), &unreadable_blocks(&*file, pieces)?);
+            pieces.iter().try_for_each(|(at, bytes)| patch.put(*at, bytes))?;
+            patch.write()?;
+            Ok(patch)
         };
-        read().map_err(|e| self.failed_on("verify the repair of", name, &e))
+        let patch = write().map_err(|e| self.failed_on("repair", name, &e))?;
+        patch.verify().map_err(|e| self.failed_on("verify the repair of", name, &e))
     }
 
     fn site_of(&self, index: u64) -> Option<Site> {
-        use crate::index::Lookup;
         let log = self.shared.index();
         let Lookup::OnDisk(on_disk) = log.lookup_located(index)? else {
             return None;
@@ -127,38 +109,39 @@ impl Writer {
         })
     }
 
-    /// The header's bytes: those that are there when they verify, else made anew so that the chain of checksums holds.
-    fn header_of(&self, site: &Site, copy: &EntryCopy, kind: EntryKind) -> [u8; FRAME_HEADER_BYTES] {
-        let identity = site.on_disk.identity;
-        let bytes = frame_header(&*site.on_disk.file, site.on_disk.located.offset);
+    /// The header's bytes: those that are there when they verify, else made anew so that the frame behind still
+    /// continues this one.
+    fn header_of(&self, site: &Site, kind: EntryKind) -> [u8; FRAME_HEADER_BYTES] {
+        let OnDisk { file, identity, located, index, .. } = &site.on_disk;
+        let (identity, bytes) = (*identity, frame_header(&**file, located.offset));
         if let Ok((header, _)) = FrameHeader::decode(&bytes, identity)
-            && (header.index, header.term) == (copy.index, copy.term)
-            && (Some(header.kind), header.payload_crc) == (Some(kind), payload_crc(&copy.payload))
+            && (header.index, header.term) == (*index, located.term)
+            && (header.kind, header.payload_crc) == (kind, located.payload_crc)
         {
             return bytes;
         }
         let before = match site.before {
-            Some(before) => FrameHeader::decode(&frame_header(&*site.on_disk.file, before.offset), identity).ok(),
+            Some(before) => FrameHeader::decode(&frame_header(&**file, before.offset), identity).ok(),
             None => None,
         };
         // What the frame before it said of other entries still holds.
-        let (previous_crc, synced_end, committed_end) = match (before, intact_header(&*site.on_disk.file)) {
-            (Some((before, crc)), _) => (crc, before.synced_end, before.committed_end),
-            (None, Some(header)) if site.before.is_none() => (header.previous_crc, header.first_index, 0),
-            _ => (0, 0, 0),
+        let (previous_crc, synced_end) = match (before, intact_header(&**file)) {
+            (Some((before, crc)), _) => (crc, before.synced_end),
+            (None, Some(header)) if site.before.is_none() => (header.previous_crc, header.first_index),
+            _ => (0, 0),
         };
         let header = FrameHeader {
             kind,
-            payload_bytes: site.on_disk.located.payload_bytes,
+            payload_bytes: located.payload_bytes,
             previous_crc,
-            term: copy.term,
-            index: copy.index,
+            term: located.term,
+            index: *index,
             synced_end,
-            committed_end,
-            payload_crc: payload_crc(&copy.payload),
+            committed_end: 0,
+            payload_crc: located.payload_crc,
         };
         match self.continued_by(site) {
-            Some(link) => header.encode_repaired(link, identity),
+            Some(checksum) => header.encode_repaired(checksum, identity),
             None => header.encode(identity).0,
         }
     }
@@ -175,6 +158,24 @@ impl Writer {
         let is_newest = self.current.as_ref().is_some_and(|c| c.header.number == site.segment);
         (is_newest && site.on_disk.index + 1 == self.written_end).then_some(self.last_crc)
     }
+}
+
+/// The blocks under the pieces that the device cannot read, as zeros. What else lay in them is lost already; it is
+/// damaged from then on, and repaired in its turn.
+fn unreadable_blocks(file: &dyn DiskFile, pieces: &[(u64, &[u8])]) -> std::io::Result<BTreeMap<u64, Vec<u8>>> {
+    let mut zeros = BTreeMap::new();
+    for (at, bytes) in pieces {
+        for block in at / BLOCK..(at + bytes.len() as u64).div_ceil(BLOCK) {
+            match file.read_at(&mut [0; BLOCK as usize], block * BLOCK) {
+                Ok(_) => {}
+                Err(e) if is_media_error(&e) => {
+                    zeros.insert(block, vec![0; BLOCK as usize]);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(zeros)
 }
 
 /// The bytes where a frame's header should be; zeros where they cannot be read.

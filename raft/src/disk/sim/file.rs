@@ -92,15 +92,13 @@ impl DiskFile for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.with(Some(Kind::Read), |state, action| {
             let inode = self.inode(state)?;
-            let wanted = offset..offset + buf.len() as u64;
-            let bad = inode.unreadable.iter().any(|bad| bad.start < wanted.end && wanted.start < bad.end);
-            match action {
-                Some(Action::Fail(number)) => return Err(errno(number)),
-                _ if bad => return Err(errno(EIO)),
-                _ => {}
+            if let Some(Action::Fail(number)) = action {
+                return Err(errno(number));
             }
-            let rest = inode.cached.get(at(offset)?..).unwrap_or_default();
+            let start = at(offset)?;
+            let rest = inode.cached.get(start..).unwrap_or_default();
             let n = rest.len().min(buf.len());
+            inode.check_readable(start, n)?;
             if let (Some(to), Some(from)) = (buf.get_mut(..n), rest.get(..n)) {
                 to.copy_from_slice(from);
             }
@@ -114,10 +112,17 @@ impl DiskFile for SimFile {
         self.with(None, |state, _| {
             let inode = self.inode(state)?;
             let start = at(offset)?;
-            for (at, byte) in (start..).zip(buf.iter_mut().take(read)) {
-                if !inode.dirty.contains(&(at / SECTOR_BYTES)) {
-                    *byte = inode.durable.get(at).copied().unwrap_or_default();
+            let end = start + read;
+            for sector in start / SECTOR_BYTES..end.div_ceil(SECTOR_BYTES) {
+                if inode.dirty.contains(&sector) {
+                    continue;
                 }
+                let (from, to) = ((sector * SECTOR_BYTES).max(start), ((sector + 1) * SECTOR_BYTES).min(end));
+                let piece = buf.get_mut(from - start..to - start).unwrap_or_default();
+                let durable = inode.durable.get(from..).unwrap_or_default();
+                let (known, zeros) = piece.split_at_mut(durable.len().min(piece.len()));
+                known.copy_from_slice(durable.get(..known.len()).unwrap_or_default());
+                zeros.fill(0);
             }
             Ok(read)
         })
@@ -137,10 +142,9 @@ impl DiskFile for SimFile {
                 inode.put(buf.get(..buf.len() / 2).unwrap_or_default(), start);
                 return Err(errno(number));
             }
-            inode.put(buf, start);
             // New bytes lie in new sectors: a disk maps bad ones out when they are written.
-            let end = (start + buf.len()) as u64;
-            inode.unreadable.retain(|bad| !(start as u64 <= bad.start && bad.end <= end));
+            inode.check_writable(start, buf.len())?;
+            inode.put(buf, start);
             Ok(())
         })
     }
@@ -194,13 +198,6 @@ impl DiskFile for SimFile {
                 _ => inode.errors -= 1,
             }
             Err(errno(number))
-        })
-    }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        self.with(None, |state, _| {
-            self.inode(state)?.evict();
-            Ok(())
         })
     }
 }

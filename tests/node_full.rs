@@ -274,6 +274,13 @@ async fn without_room_on_a_majority_writes_are_refused_reads_go_on_and_room_ends
     }
     assert!(is_there(&cluster.nodes[leader], 3).await, "reads need no room");
 
+    // Nobody with room is left to be elected: one without room is, because reads need a leader.
+    let leader = cluster.leader().await;
+    cluster.nodes[leader].hand_over().await;
+    let others = [(leader + 1) % 3, (leader + 2) % 3];
+    until("another leader", || others.iter().any(|i| cluster.nodes[*i].is_leader_with_quorum())).await;
+    assert!(is_there(&cluster.nodes[others[0]], 3).await);
+
     for disk in &cluster.disks {
         disk.free_mib(ROOM);
     }

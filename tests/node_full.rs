@@ -276,6 +276,13 @@ async fn without_room_on_a_majority_writes_are_refused_reads_go_on_and_room_ends
     }
     assert!(is_there(&cluster.nodes[leader], 3).await, "reads need no room");
 
+    // Nobody with room is left to be elected: one without room is, because reads need a leader.
+    let leader = cluster.leader().await;
+    cluster.nodes[leader].hand_over().await;
+    let others = [(leader + 1) % 3, (leader + 2) % 3];
+    until("another leader", || others.iter().any(|i| cluster.nodes[*i].is_leader_with_quorum())).await;
+    assert!(is_there(&cluster.nodes[others[0]], 3).await);
+
     for disk in &cluster.disks {
         disk.free_mib(ROOM);
     }
@@ -300,7 +307,7 @@ async fn a_shortage_after_proposing_is_unknown_and_what_was_refused_never_appear
         let mut config = config(dir.path(), "node-1");
         config.cluster.peer_listen = Some("127.0.0.1:0".into());
         config.cluster.request_deadline_ms = 2_000;
-        let ground = Ground { peer_listener: None, disk: sim.shared(), space: Told::new(), ..Ground::default() };
+        let ground = Ground { space: Told::new(), disk: sim.shared(), ..Ground::default() };
         let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
         until("readiness", || node.is_ready().is_ok()).await;
         node

@@ -23,7 +23,7 @@ use super::{
     applier::NodeApplier,
     boots::SeenBoots,
     bootstrap::Assignment,
-    disk::{DiskState, DiskWatch},
+    disk::DiskWatch,
     forward::Forwarders,
     freshness::Freshness,
     identity::Identity,
@@ -252,8 +252,9 @@ impl Shared {
     /// Why this node must not take leadership over, if so.
     pub fn may_not_lead(&self) -> Option<String> {
         let leaving = self.leaving.load(Ordering::Relaxed).then(|| "this node is about to stop".to_owned());
-        let full = || self.disk.is(DiskState::Full).then(|| "the disk of this node is full".to_owned());
-        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended()).or_else(full)
+        // A full disk is no reason: where all are full, reads need a leader all the same; and a transfer that is
+        // refused leaves the cluster without a leader until the next election.
+        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended())
     }
 
     /// Log time now, by this node's estimate.

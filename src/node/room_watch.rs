@@ -1,15 +1,16 @@
 //! Keeps the disk's state and the admission of commands up to date with the room that there is.
 //!
 //! Every incarnation follows the room of its own folder into the state of its disk. A leader asks the other voters
-//! twice a second, decides with `room` what it takes, and hands leadership over when only it lacks room. A follower
-//! without room stands back in elections for a moment, so that a node with room is elected; if none is, it stands
-//! all the same, because reads need a leader too.
+//! twice a second, decides with `room` what it takes, and hands leadership over when only it lacks room: at once when
+//! its reserve is gone, else after the others had time to notice that they are full too. A follower without room
+//! stands back in elections for a moment, so that a node with room is elected; if none is, it stands all the same,
+//! because reads need a leader too.
 
 use std::{
     collections::BTreeMap,
     future::Future,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -24,6 +25,7 @@ use super::{
     space::{Level, RoomReport},
     status,
 };
+use crate::clock;
 
 /// How often a leader asks the other voters. They refuse nothing themselves: what comes meanwhile fits below
 /// their low water.
@@ -31,6 +33,13 @@ const ASK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What a voter said holds for this long. Past it the voter counts as silent.
 const WORD_HOLDS: Duration = Duration::from_secs(3);
+
+/// Replicas fill together. As long as the reserve lasts, a leader without room waits this long for the word of the
+/// others: until they have looked and were asked. Leadership would else go to a node that is as full.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// How often a follower without room looks whether its leader is silent.
+const SILENCE_LOOK: Duration = Duration::from_millis(100);
 
 /// After a move that nobody took part in, the next one.
 const MOVE_AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -89,16 +98,14 @@ impl Watcher<'_> {
         let mut asking: Pending<'_, Answers> = None;
         let mut moving: Pending<'_, bool> = None;
         let mut ask_at = Instant::now();
-        let mut leaderless_since = None;
-        // As long as an election with everybody well may take.
-        let stand_back = Duration::from_millis(shared.config.cluster.election_max_ms.saturating_mul(2));
+        let mut full_since = None;
         loop {
             let own = report.borrow_and_update().clone();
-            let (leads, has_leader, voters) = {
+            let (leads, voters) = {
                 let view = view.borrow_and_update();
                 let own_id = shared.local.load().node_id;
                 let voters: Vec<u64> = view.membership.voter_ids().filter(|id| *id != own_id).collect();
-                (view.role == Role::Leader, view.leader.is_some(), voters)
+                (view.role == Role::Leader, voters)
             };
             if !leads {
                 self.heard.clear();
@@ -106,15 +113,16 @@ impl Watcher<'_> {
             }
             let now = Instant::now();
             let others: Vec<Voter> = voters.iter().map(|id| self.voter(*id, now)).collect();
-            if leads && moving.is_none() && now >= self.move_from && room::wants_to_move(&own, &others) {
+            full_since = if own.level == Level::Room { None } else { full_since.or(Some(now)) };
+            let settled_at = full_since.filter(|_| own.level == Level::Low).map_or(now, |since| since + SETTLE);
+            let wants_to_move = leads && now >= self.move_from && room::wants_to_move(&own, &others);
+            if wants_to_move && moving.is_none() && now >= settled_at {
                 moving = Some(Box::pin(handover::hand_over_for_room(shared, self.core)));
             }
-            let admission =
-                if leads { Admission::decide(&own, &others, moving.is_some()) } else { Admission::default() };
+            let is_on_its_way = wants_to_move || moving.is_some();
+            let admission = if leads { Admission::decide(&own, &others, is_on_its_way) } else { Admission::default() };
             self.publish(admission);
-            leaderless_since = if has_leader { None } else { leaderless_since.or(Some(now)) };
-            let stands_from = leaderless_since.map(|since| since + stand_back);
-            let stands_back = own.level != Level::Room && !leads && stands_from.is_none_or(|from| now < from);
+            let stands_back = !leads && own.level != Level::Room && self.hears_a_leader();
             self.stand_for_election(!stands_back);
 
             tokio::select! {
@@ -134,9 +142,17 @@ impl Watcher<'_> {
                     ask_at = Instant::now() + ASK_INTERVAL;
                     asking = Some(Box::pin(ask(shared, voters)));
                 }
-                () = sleep_until(stands_from.unwrap_or(now)), if stands_back && stands_from.is_some() => {}
+                () = sleep_until(settled_at), if wants_to_move && moving.is_none() => {}
+                () = tokio::time::sleep(SILENCE_LOOK), if stands_back => {}
             }
         }
+    }
+
+    /// Whether a leader spoke so lately that an election in which everybody is well would not be over.
+    fn hears_a_leader(&self) -> bool {
+        let freshness = *self.shared.freshness.lock().unwrap_or_else(PoisonError::into_inner);
+        let silence_ms = freshness.silence_ms(clock::monotonic_ms());
+        silence_ms.is_some_and(|ms| ms <= self.shared.config.cluster.election_max_ms.saturating_mul(2))
     }
 
     fn voter(&self, id: u64, now: Instant) -> Voter {

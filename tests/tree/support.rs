@@ -65,7 +65,7 @@ fn body(index: u64) -> EntryBody {
 /// Small memtables, so that there are several tables, and no compaction unless asked for.
 pub fn options() -> LsmOptions {
     LsmOptions {
-        memtable_bytes_max: 48 * 1024,
+        memtable_bytes_max: 64 * 1024,
         cache_bytes: 64 * 1024,
         compaction: false,
         lock_timeout_ms: 2_000,

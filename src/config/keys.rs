@@ -310,7 +310,7 @@ pub static KEYS: &[Key] = &[
         "storage",
         "scrub_mb_per_s",
         number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
-        "How fast everything on the disk is read again once a day and compared with its hash; 0 turns it off.",
+        "How fast the tree and the checkpoint are read again once a day and compared with their hashes; 0 is off.",
     ),
     key(
         "storage",

@@ -62,6 +62,9 @@ pub enum RepairError {
     /// The copy is of another entry. Nothing was written.
     #[error("the copy is not entry {0} of this log")]
     OtherEntry(u64),
+    /// No replica has it at present, as far as this node could ask.
+    #[error("no copy of entry {0} was found")]
+    NoCopy(u64),
     /// Both copies of the segment's header are damaged: no single entry repairs that.
     #[error("both copies of the header of segment {0} are damaged")]
     HeaderLost(u64),

@@ -21,6 +21,7 @@ pub mod frame;
 pub mod group;
 pub mod handle;
 pub mod hard_state;
+mod heal;
 pub mod index;
 pub mod io_times;
 mod joined;

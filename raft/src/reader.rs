@@ -6,7 +6,6 @@
 //! first where the node knows how: a replica's copy takes the place of the damaged entry, here and on the disk.
 
 use std::{
-    collections::BTreeMap,
     fmt::Debug,
     io,
     ops::{Bound, RangeBounds},
@@ -22,9 +21,9 @@ use crate::{
     entry,
     error::EntryUnreadable,
     frame::{FRAME_HEADER_BYTES, FrameHeader, frame_bytes, payload_crc},
+    heal,
     index::{Located, Lookup, OnDisk},
     io_times::IoTimes,
-    repair::EntryQuestion,
     shared::Shared,
     store::Inner,
     types::{Entry, LogId, TypeConfig, Vote},
@@ -57,15 +56,12 @@ fn end_of(on_disk: &OnDisk) -> u64 {
 
 impl WalReader {
     /// Entries of `[start, end)`, as many as exist, stopping before `bytes_max` but after the first.
-    fn collect(&self, start: u64, end: u64, bytes_max: u64, healed: &BTreeMap<u64, Entry>) -> Vec<Piece> {
+    fn collect(&self, start: u64, end: u64, bytes_max: u64) -> Vec<Piece> {
         let index = self.shared.index();
         let mut pieces: Vec<Piece> = Vec::new();
         let mut bytes = 0;
         for at in start.max(index.first())..end.min(index.end()) {
-            let Some(mut found) = index.lookup(at) else { break };
-            if let Some(entry) = healed.get(&at).filter(|e| index.log_id_at(at) == Some(e.log_id)) {
-                found = Lookup::Cached(entry.clone());
-            }
+            let Some(found) = index.lookup(at) else { break };
             bytes += match &found {
                 Lookup::Cached(entry) => entry_bytes(entry),
                 Lookup::OnDisk(on_disk) => u64::from(on_disk.located.payload_bytes),
@@ -94,61 +90,38 @@ impl WalReader {
 
     /// Reads entries without holding the lock across I/O. An entry that cannot be read is an [`EntryUnreadable`].
     pub fn read(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
-        read_pieces(self.collect(start, end, bytes_max, &BTreeMap::new()), &self.shared.io_times)
+        let read = read_pieces(self.collect(start, end, bytes_max), &self.shared.io_times)?;
+        read.into_iter().map(|entry| entry.map_err(unreadable_error)).collect()
     }
 
     /// The same for an async caller: a disk that hangs must not take a thread that heartbeats need. Heals what it
     /// can.
     pub async fn read_async(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
-        let mut healed = BTreeMap::new();
-        loop {
-            let pieces = self.collect(start, end, bytes_max, &healed);
-            let shared = Arc::clone(&self.shared);
-            let read = if pieces.iter().all(|piece| matches!(piece, Piece::Cached(_))) {
-                read_pieces(pieces, &shared.io_times)
-            } else {
-                let read = tokio::task::spawn_blocking(move || read_pieces(pieces, &shared.io_times));
-                read.await.map_err(io::Error::other)?
-            };
-            let Err(error) = read else { return read };
-            let Some(unreadable) = EntryUnreadable::of(&error).filter(|e| !healed.contains_key(&e.index)).cloned()
-            else {
-                return Err(error);
-            };
-            match self.heal(&unreadable).await {
-                Some(entry) => healed.insert(unreadable.index, entry),
-                None => return Err(error),
-            };
+        let pieces = self.collect(start, end, bytes_max);
+        let shared = Arc::clone(&self.shared);
+        let read = if pieces.iter().all(|piece| matches!(piece, Piece::Cached(_))) {
+            read_pieces(pieces, &shared.io_times)?
+        } else {
+            let read = tokio::task::spawn_blocking(move || read_pieces(pieces, &shared.io_times));
+            read.await.map_err(io::Error::other)??
+        };
+        let mut entries = Vec::with_capacity(read.len());
+        for read in read {
+            entries.push(match read {
+                Ok(entry) => entry,
+                Err(unreadable) => match self.heal(&unreadable).await {
+                    Some(entry) => entry,
+                    None => return Err(unreadable_error(unreadable)),
+                },
+            });
         }
+        Ok(entries)
     }
 
     /// A replica's copy of an entry that cannot be read, checked; and asks the writer to put it in its place.
     async fn heal(&self, unreadable: &EntryUnreadable) -> Option<Entry> {
-        let healer = self.shared.healer()?;
-        let index = unreadable.index;
-        tracing::warn!(
-            segment = unreadable.segment,
-            offset = unreadable.offset,
-            index,
-            "{unreadable}: asking for a copy"
-        );
-        // What it is known here in full: no anchor is needed to tell it from others.
-        let question = EntryQuestion {
-            index,
-            term: Some(unreadable.term),
-            payload_crc: Some(unreadable.payload_crc),
-            header_crc: None,
-            durable: index < self.shared.flushed_end(),
-            anchor: None,
-        };
-        let copy = healer.heal(question).await?;
-        let Some(Lookup::OnDisk(on_disk)) = self.shared.index().lookup_located(index) else {
-            return None;
-        };
-        if !copy.is_of(index, &on_disk.located) {
-            tracing::warn!(index, term = copy.term, "the copy of a damaged entry is of another entry");
-            return None;
-        }
+        let copy = heal::copy_of_replica(&self.shared, unreadable).await?;
+        let index = copy.index;
         let entry = entry::decode(copy.kind()?, copy.term, index, copy.payload.clone());
         let entry = entry.inspect_err(|error| tracing::warn!(index, %error, "the copy cannot be decoded")).ok()?;
         if let Some(log) = self.log.upgrade() {
@@ -178,18 +151,21 @@ fn continues(run: &[OnDisk], next: &OnDisk) -> bool {
     }
 }
 
-fn read_pieces(pieces: Vec<Piece>, io_times: &IoTimes) -> io::Result<Vec<Entry>> {
+/// Each entry, or what is wrong with it.
+type Read = Result<Entry, EntryUnreadable>;
+
+fn read_pieces(pieces: Vec<Piece>, io_times: &IoTimes) -> io::Result<Vec<Read>> {
     let mut entries = Vec::new();
     for piece in pieces {
         match piece {
-            Piece::Cached(entry) => entries.push(entry),
+            Piece::Cached(entry) => entries.push(Ok(entry)),
             Piece::Run(run) => read_run(&run, io_times, &mut entries)?,
         }
     }
     Ok(entries)
 }
 
-fn read_run(run: &[OnDisk], io_times: &IoTimes, entries: &mut Vec<Entry>) -> io::Result<()> {
+fn read_run(run: &[OnDisk], io_times: &IoTimes, entries: &mut Vec<Read>) -> io::Result<()> {
     let (Some(first), Some(last)) = (run.first(), run.last()) else {
         return Ok(());
     };
@@ -209,22 +185,28 @@ fn read_run(run: &[OnDisk], io_times: &IoTimes, entries: &mut Vec<Entry>) -> io:
             }
             return Ok(());
         }
-        Err(error) => return Err(unreadable(first, &format!("it cannot be read: {error}"))),
+        Err(error) => {
+            entries.push(Err(unreadable(first, format!("it cannot be read: {error}"))));
+            return Ok(());
+        }
     }
     let buf = buf.freeze();
     for on_disk in run {
         let at = usize::try_from(u64::from(on_disk.located.offset) - start).map_err(io::Error::other)?;
         let verified = verify(on_disk, &buf.slice(at.min(buf.len())..));
-        entries.push(verified.map_err(|what| unreadable(on_disk, &what))?);
+        entries.push(verified.map_err(|what| unreadable(on_disk, what)));
     }
     Ok(())
 }
 
-pub(crate) fn unreadable(on_disk: &OnDisk, what: &str) -> io::Error {
+fn unreadable(on_disk: &OnDisk, what: String) -> EntryUnreadable {
     let Located { term, offset, payload_crc, .. } = on_disk.located;
     let (index, segment, offset) = (on_disk.index, on_disk.segment.clone(), u64::from(offset));
-    let error = EntryUnreadable { index, term, payload_crc, segment, offset, what: what.to_owned() };
-    io::Error::new(io::ErrorKind::InvalidData, error)
+    EntryUnreadable { index, term, payload_crc, segment, offset, what }
+}
+
+fn unreadable_error(unreadable: EntryUnreadable) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, unreadable)
 }
 
 /// The entry, when the bytes are its frame; else what is wrong with them.

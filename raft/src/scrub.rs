@@ -3,7 +3,7 @@
 //! Reads past the page cache, in pieces and at the caller's pace. Damage of a frame or a row is repaired by
 //! [`crate::WalHandle::repair_entry`], of a copy of the header by [`crate::WalHandle::repair_header`].
 
-use std::{ops::ControlFlow, sync::Arc};
+use std::{collections::BTreeSet, ops::ControlFlow, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 
@@ -48,6 +48,14 @@ pub struct SegmentCheck {
     pub header_copies_damaged: usize,
     /// The segment was looked at to its end: nobody broke it off, and it was not purged or truncated meanwhile.
     pub complete: bool,
+}
+
+impl SegmentCheck {
+    /// Indexes of the entries whose frame or row is damaged, ascending.
+    pub fn damaged_entries(&self) -> BTreeSet<u64> {
+        let of_a_header = |damage: &&Damage| damage.offset.is_some_and(|at| HEADER_OFFSETS.contains(&at));
+        self.damage.iter().filter(|damage| !of_a_header(damage)).map(|damage| damage.index).collect()
+    }
 }
 
 /// Told after each piece how many bytes were read: it may pause there, or break the check off.

@@ -30,6 +30,8 @@ pub trait WalObserver: Send + Sync + 'static {
     fn write_failed(&self, operation: &'static str, file: &str, error: &io::Error);
     /// The log went on in a new segment.
     fn segment_rotated(&self);
+    /// A damaged entry was written again in its place, and read back.
+    fn entry_repaired(&self, _segment: &str, _index: u64) {}
 }
 
 /// An observer that looks away, for tools and tests.

@@ -221,6 +221,47 @@ async fn without_a_right_copy_the_reader_names_the_entry() {
     }
 }
 
+/// The log writes again what is damaged, once, and says so; and not what is sound.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_entry_is_healed_from_memory_or_from_a_replica_and_only_when_it_is_damaged() {
+    let (sim, store) = written().await;
+    let (handle, replica) = (store.handle(), Arc::new(Replica::default()));
+    let places = places(&sim, 1);
+    let writes = || sim.operations().iter().filter(|o| o.starts_with("write")).count();
+    let before = writes();
+    let index = places[1].0;
+    handle.heal_entry(index).await.unwrap();
+    handle.repair_entry(index, copy_of(index)).await.unwrap();
+    assert_eq!(writes(), before, "a sound entry was written again");
+    // Only the row is damaged: the frame is copy enough. Nobody else is there to ask.
+    sim.corrupt(&path(1), |b| b[places[1].2 as usize] ^= 1).unwrap();
+    handle.heal_entry(index).await.unwrap();
+    assert_eq!(handle.verify_segment(1).unwrap().damage, []);
+    sim.corrupt(&path(1), |b| b[places[0].1 as usize + 500] ^= 1).unwrap();
+    assert_eq!(handle.heal_entry(places[0].0).await, Err(RepairError::NoCopy(places[0].0)));
+    handle.set_healer(Some(Arc::clone(&replica) as Arc<_>));
+    handle.heal_entry(places[0].0).await.unwrap();
+    assert_eq!(handle.verify_segment(1).unwrap().damage, []);
+    assert_eq!(handle.heal_entry(99).await, Err(RepairError::Gone(99)));
+    assert_eq!(replica.asked.lock().unwrap().len(), 1);
+    close_and_reopen(&sim, store).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_of_entries_is_told_from_damage_of_the_header() {
+    let (sim, store) = written().await;
+    let places = places(&sim, 1);
+    sim.corrupt(&path(1), |b| {
+        b[30] ^= 1;
+        b[places[1].2 as usize] ^= 1;
+        b[places[1].1 as usize + 500] ^= 1;
+    })
+    .unwrap();
+    let check = store.handle().verify_segment(1).unwrap();
+    assert_eq!((check.damage.len(), check.header_copies_damaged), (3, 1));
+    assert_eq!(check.damaged_entries().into_iter().collect::<Vec<_>>(), [places[1].0]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repair_that_the_disk_does_not_take_latches() {
     for (kind, error) in [(Kind::Write, 5), (Kind::Sync, 5), (Kind::Write, 28)] {

@@ -310,7 +310,8 @@ pub static KEYS: &[Key] = &[
         "storage",
         "scrub_mb_per_s",
         number(|c| &mut c.storage.scrub_mb_per_s, 0, 10_000, "MiB/s"),
-        "How fast the tree and the checkpoint are read again once a day and compared with their hashes; 0 is off.",
+        "How fast the tree, the checkpoint and the sealed segments of the log are read again once a day and compared \
+         with their hashes; 0 is off.",
     ),
     key(
         "storage",

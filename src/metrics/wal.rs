@@ -19,6 +19,12 @@ use crate::clock;
 /// The name under which errors are counted until the log names a segment.
 const FIRST_SEGMENT: &str = "segment.001.wal";
 
+/// When an entry was repaired: before Raft started.
+const AT_START: &str = "start";
+
+/// When an entry was repaired: in the running log.
+const RUNNING: &str = "running";
+
 /// How segments are named. Syncs of the log's other files are counted too but are never "in use".
 const SEGMENT_PREFIX: &str = "segment.";
 
@@ -33,6 +39,7 @@ pub(super) struct WalMetrics {
     fsync_total: IntCounter,
     fsync_duration: Summary,
     rotations: IntCounter,
+    repaired: IntCounterVec,
     bytes: IntGauge,
     segments: IntGauge,
     segment_in_use: Mutex<String>,
@@ -57,6 +64,11 @@ impl WalMetrics {
                 "Duration of an fsync of the write-ahead log; quantiles of the last minute.",
             ),
             rotations: register.counter("stemedb_wal_segment_rotations_total", "Segments begun."),
+            repaired: register.counters(
+                "stemedb_wal_repaired_entries_total",
+                "Damaged entries of the write-ahead log that were written again from copies.",
+                &["when"],
+            ),
             bytes: register.gauge("stemedb_wal_bytes", "Bytes of the write-ahead log on disk."),
             segments: register.gauge("stemedb_wal_segments", "Segments of the write-ahead log on disk."),
             segment_in_use: Mutex::new(FIRST_SEGMENT.to_owned()),
@@ -66,6 +78,9 @@ impl WalMetrics {
             slow_unlogged: AtomicU64::new(0),
         };
         metrics.fsync_errors.with_label_values(&[FIRST_SEGMENT]).inc_by(0);
+        for when in [AT_START, RUNNING] {
+            metrics.repaired.with_label_values(&[when]).inc_by(0);
+        }
         metrics
     }
 
@@ -103,6 +118,11 @@ impl Metrics {
     /// Whether a failed fsync is followed by a line with its circumstances (`wal.log_fsync_errors`).
     pub fn set_log_fsync_errors(&self, on: bool) {
         self.wal.log_circumstances.store(on, Ordering::Relaxed);
+    }
+
+    /// So many entries were repaired before Raft started.
+    pub fn wal_repaired_at_start(&self, entries: u64) {
+        self.wal.repaired.with_label_values(&[AT_START]).inc_by(entries);
     }
 
     /// Size of the log on disk.
@@ -161,6 +181,10 @@ impl WalObserver for Metrics {
 
     fn segment_rotated(&self) {
         self.wal.rotations.inc();
+    }
+
+    fn entry_repaired(&self, _segment: &str, _index: u64) {
+        self.wal.repaired.with_label_values(&[RUNNING]).inc();
     }
 }
 

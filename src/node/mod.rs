@@ -26,6 +26,7 @@ mod formation;
 mod forward;
 pub mod freshness;
 mod handover;
+mod healer;
 pub mod identity;
 pub mod kinds;
 pub mod log_time;
@@ -44,6 +45,7 @@ pub mod room;
 mod room_watch;
 mod rpc_server;
 mod scrub;
+mod scrub_log;
 pub mod slow;
 pub mod space;
 pub mod space_watch;
@@ -69,7 +71,10 @@ use self::{
 use crate::{
     config::Config,
     metrics::{Metrics, RaftFigures, RebuildFigures, TreeFigures},
-    state::command::{CommandKey, Operation},
+    state::{
+        command::{CommandKey, Operation},
+        engine::scrub::ScrubSource,
+    },
     store_helpers::StoreView,
 };
 
@@ -249,6 +254,12 @@ impl Node {
         let (data_dir, days) = (self.process.config.node.data_dir.clone(), self.process.config.rebuild.quarantine_days);
         let listed = tokio::task::spawn_blocking(move || rebuild::quarantine::list(&data_dir, days)).await;
         listed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+    }
+
+    /// What the scrubber reads, for a pass out of turn; nothing while Raft does not run here. To be called within the
+    /// runtime.
+    pub fn scrub_sources(&self) -> Vec<Arc<dyn ScrubSource>> {
+        scrub::sources(&self.shared())
     }
 
     /// Where the progress of a rebuild is read.

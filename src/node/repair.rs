@@ -58,7 +58,7 @@ pub async fn begin(process: &Process, shared: &Shared) -> Result<Begun, StartErr
     let options = super::start::wal_options(process);
     let (disk, checkpoint_dir) = (Arc::clone(&process.disk), config.node.data_dir.join("checkpoint"));
     let step = blocking(move || WalStore::begin_open(disk, options)).await??;
-    let OpenStep::AskPeers(pending) = step else { return Ok(Begun::Open(opened(step)?)) };
+    let OpenStep::AskPeers(pending) = step else { return Ok(Begun::Open(opened(step, shared)?)) };
     for damage in pending.damage() {
         tracing::error!("{damage}");
     }
@@ -79,7 +79,7 @@ pub async fn begin(process: &Process, shared: &Shared) -> Result<Begun, StartErr
         return Ok(Begun::Asks(Box::new(Asking { pending, applied, listed: process.peers.clone() })));
     }
     let step = blocking(move || pending.resolve(&[], &electorate)).await??;
-    Ok(Begun::Open(opened(step)?))
+    Ok(Begun::Open(opened(step, shared)?))
 }
 
 fn own_id(shared: &Shared) -> Option<u64> {
@@ -101,10 +101,11 @@ fn applied_membership(checkpoint_dir: &std::path::Path) -> StoredMembership {
     }
 }
 
-fn opened(step: OpenStep) -> Result<WalStore, StartError> {
+fn opened(step: OpenStep, shared: &Shared) -> Result<WalStore, StartError> {
     match step {
         OpenStep::Ready(log, report) => {
             tracing::info!(?report, "write-ahead log opened");
+            shared.metrics.wal_repaired_at_start(report.repaired.len() as u64);
             Ok(log)
         }
         OpenStep::Rebuild(lost) => Err(must_rebuild(&lost)),
@@ -146,7 +147,7 @@ impl Asking {
                 OpenStep::AskPeers(pending) => pending,
                 step => {
                     shared.repairing.send_replace(None);
-                    return opened(step);
+                    return opened(step, shared);
                 }
             };
             shared.repairing.send_replace(Some(waits_for.clone()));
@@ -221,7 +222,7 @@ async fn ask_all(
 }
 
 /// Asks one node everything; what it answered, and why not all.
-async fn ask(
+pub(super) async fn ask(
     shared: &Shared,
     id: u64,
     addr: &str,

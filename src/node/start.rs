@@ -36,6 +36,7 @@ use super::{
     files::FileError,
     formation::{self, FormError, Formed},
     forward::Forwarders,
+    healer::PeerHealer,
     identity::{self, FolderLock, Identity, IdentityError, LockError, LogContent, Standing},
     peers::Peers,
     process::Process,
@@ -503,6 +504,9 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let machine = blocking(move || StateMachine::open(options, restore)).await??;
     let state = machine.handle();
     check_log_covers(&log.handle(), &state)?;
+    // Before Raft reads the log for the first time.
+    let healer = PeerHealer::new(&shared, state.engine().applied().membership.clone());
+    log.handle().set_healer(Some(Arc::new(healer)));
     let settings = Arc::new(raft_config(&shared.config)?);
     let network = Network::new(shared.peers.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;

@@ -4,7 +4,9 @@
 //! of that. Frame and row are written in whole blocks, because a block that cannot be read can be written only so,
 //! synced, and read back past the page cache; whatever fails there latches.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, io, sync::Arc};
+
+use bytes::BytesMut;
 
 use super::{Step, Writer};
 use crate::{
@@ -14,6 +16,7 @@ use crate::{
     index::{Located, Lookup, OnDisk},
     open::row_of,
     patch::{BLOCK, Patch, is_media_error},
+    reader::verify,
     repair::EntryCopy,
 };
 
@@ -43,12 +46,17 @@ impl Writer {
         let Some(kind) = copy.kind() else {
             return Err(RepairError::OtherEntry(copy.index));
         };
+        if is_sound(&site) {
+            // Several readers met the damage, and one of them was first.
+            return Ok(());
+        }
         let OnDisk { file, segment: name, identity, located, .. } = &site.on_disk;
         let mut frame = self.header_of(&site, kind).to_vec();
         frame.extend_from_slice(&copy.payload);
         let row = row_of(copy.index, located).encode(*identity);
         self.write_again(file, name, &[(u64::from(located.offset), &frame), (site.row_at, &row)])?;
-        tracing::info!(segment = name, index = copy.index, "a damaged entry was written again from a replica's copy");
+        tracing::info!(segment = name, index = copy.index, "a damaged entry was written again from a copy");
+        self.options.observer.entry_repaired(name, copy.index);
         Ok(())
     }
 
@@ -160,9 +168,23 @@ impl Writer {
     }
 }
 
+/// Whether frame and row are as they should be, in the page cache and past it.
+fn is_sound(site: &Site) -> bool {
+    let OnDisk { file, identity, located, index, .. } = &site.on_disk;
+    let frame_bytes = FRAME_HEADER_BYTES + located.payload_bytes as usize;
+    let row = row_of(*index, located).encode(*identity);
+    let is_right = |read: &dyn Fn(&mut [u8], u64) -> io::Result<usize>| {
+        let mut frame = BytesMut::zeroed(frame_bytes);
+        let mut found_row = [0; ROW_BYTES];
+        let read = read(&mut frame, u64::from(located.offset)).is_ok() && read(&mut found_row, site.row_at).is_ok();
+        read && found_row == row && verify(&site.on_disk, &frame.freeze()).is_ok()
+    };
+    is_right(&|to, at| file.read_at(to, at)) && is_right(&|to, at| file.read_uncached_at(to, at))
+}
+
 /// The blocks under the pieces that the device cannot read, as zeros. What else lay in them is lost already; it is
 /// damaged from then on, and repaired in its turn.
-fn unreadable_blocks(file: &dyn DiskFile, pieces: &[(u64, &[u8])]) -> std::io::Result<BTreeMap<u64, Vec<u8>>> {
+fn unreadable_blocks(file: &dyn DiskFile, pieces: &[(u64, &[u8])]) -> io::Result<BTreeMap<u64, Vec<u8>>> {
     let mut zeros = BTreeMap::new();
     for (at, bytes) in pieces {
         for block in at / BLOCK..(at + bytes.len() as u64).div_ceil(BLOCK) {

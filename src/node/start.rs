@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -16,10 +16,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use openraft::{Raft, RaftLogReader, SnapshotPolicy, storage::RaftLogStorage};
+use openraft::{Raft, RaftLogReader, storage::RaftLogStorage};
 use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
-    OpenError, WalHandle, WalOptions, WalStore,
+    WalHandle, WalOptions, WalStore,
     disk::{Disk, RealDisk},
     io_times::IoTimes,
 };
@@ -33,14 +33,15 @@ use super::{
     applier, bootstrap,
     core::{AssignRequest, Core, Shared},
     disk::DiskWatch,
-    files::FileError,
     formation::{self, FormError, Formed},
     forward::Forwarders,
-    identity::{self, FolderLock, Identity, IdentityError, LockError, LogContent, Standing},
+    identity::{self, FolderLock, Identity, LogContent, Standing},
     peers::Peers,
     process::Process,
     proposer::Proposer,
-    proxy, read,
+    proxy,
+    raft_settings::raft_config,
+    read,
     read_index::{self, Rounds},
     rebuild::{self, Need, journal::Journal},
     repair::{self, Begun},
@@ -55,74 +56,15 @@ use crate::{
     metrics::Metrics,
     state::{
         apply::KeyLimits,
-        engine::{EngineError, lsm::LsmOptions},
+        engine::lsm::LsmOptions,
         machine::{MachineOptions, StateMachine},
     },
 };
 
-/// Entries in one append. Replication of many small entries is bounded by messages, not bytes; the log
-/// bounds the bytes of what it hands out.
-const APPEND_ENTRIES_MAX: u64 = 4_096;
-
-/// Waits between attempts to replicate to a node that cannot be reached: short at first, since a
-/// restarted process is back within a second.
-const REPLICATION_BACKOFF: &str = "20ms 40ms 80ms ...400ms";
-
 /// How long a node that starts asks for the index it has to reach, before it asks again.
 const CATCH_UP_ROUND: Duration = Duration::from_secs(10);
 
-/// Why a node did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The configuration contradicts itself in what only the node can see.
-    #[error("configuration: {0}")]
-    Config(String),
-    /// The data folder could not be made or read.
-    #[error("{operation} {}: {source}", path.display())]
-    Io {
-        /// What was being done.
-        operation: &'static str,
-        /// With which file or folder.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The data folder is in use.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// The identity is unusable.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    /// Another small file is unusable.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The log could not be opened.
-    #[error("write-ahead log: {0}")]
-    Wal(#[from] OpenError),
-    /// The parts of the folder do not belong together.
-    #[error("{0}")]
-    Refused(String),
-    /// Parts of the folder are missing that nothing here can bring back.
-    #[error("{0}")]
-    Lost(String),
-    /// The state could not be opened.
-    #[error("{0}")]
-    State(#[from] EngineError),
-    /// The peer listener could not be bound.
-    #[error("listen for other nodes on {addr}: {source}")]
-    Bind {
-        /// `host:port`.
-        addr: String,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The peer listener could not be shared with the fence.
-    #[error("the peer listener: {0}")]
-    PeerPort(io::Error),
-    /// Raft did not start.
-    #[error("raft: {0}")]
-    Raft(String),
-}
+pub use super::start_error::StartError;
 
 /// What the tasks of the start hand on.
 struct Parts {
@@ -469,32 +411,6 @@ async fn initialize(
     Ok(())
 }
 
-/// Settings of Raft; each that differs from openraft's default has its reason in `openraft.md` or here.
-pub fn raft_config(config: &Config) -> Result<openraft::Config, StartError> {
-    let cluster = &config.cluster;
-    let settings = openraft::Config {
-        cluster_name: "stemedb".into(),
-        heartbeat_interval: cluster.heartbeat_ms,
-        election_timeout_min: cluster.election_min_ms,
-        election_timeout_max: cluster.election_max_ms,
-        max_payload_entries: APPEND_ENTRIES_MAX,
-        // Checkpoints and purges are asked for by bytes, in `upkeep`.
-        snapshot_policy: SnapshotPolicy::Never,
-        max_in_snapshot_log_to_keep: u64::MAX,
-        // A transfer times each of its messages; openraft's own bound would end a large one.
-        install_snapshot_timeout: u64::from(u32::MAX),
-        enable_pre_vote: Some(true),
-        // A leader that restores itself may give another content to a log id that followers hold.
-        enable_leader_restore: Some(false),
-        // A follower that lost its log must never be taken back silently.
-        allow_log_reversion: Some(false),
-        quorum_loss_probe_interval: Some(cluster.election_max_ms.saturating_mul(2)),
-        backoff: REPLICATION_BACKOFF.into(),
-        ..openraft::Config::default()
-    };
-    settings.validate().map_err(|e| StartError::Config(format!("cluster: {e}")))
-}
-
 /// Opens the state, starts Raft and the tasks around it.
 async fn run_core(parts: Parts) -> Result<(), StartError> {
     let Parts { shared, log, restore } = parts;
@@ -603,31 +519,4 @@ async fn catch_up(shared: Arc<Shared>) {
         }
     };
     shared.core_stop.run_until_cancelled(reached).await;
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn the_settings_of_raft_that_protect_data_are_set() {
-        let settings = raft_config(&Config::default()).unwrap();
-        assert_eq!(settings.enable_leader_restore, Some(false));
-        assert_eq!(settings.enable_pre_vote, Some(true));
-        assert_eq!(settings.allow_log_reversion, Some(false));
-        assert_eq!(settings.snapshot_policy, SnapshotPolicy::Never);
-        assert!(settings.quorum_loss_probe_interval >= Some(2 * settings.election_timeout_max));
-        assert_eq!(
-            (settings.heartbeat_interval, settings.election_timeout_min, settings.election_timeout_max),
-            (50, 150, 300)
-        );
-    }
-
-    #[test]
-    fn impossible_clocks_are_refused() {
-        let mut config = Config::default();
-        config.cluster.election_min_ms = 400;
-        assert!(matches!(raft_config(&config), Err(StartError::Config(_))));
-    }
 }

@@ -43,13 +43,13 @@ async fn the_tree_comes_from_the_newest_checkpoint_and_the_old_one_is_kept() {
     assert_eq!(old_tables, fs::read_dir(old.join("g1/tables")).unwrap().count());
     assert!(tree(dir.path()).ends_with("g2"), "no path means two trees");
     goes_on(dir.path(), 299).await;
-    let listed = quarantine::list(dir.path()).unwrap();
+    let listed = quarantine::list(dir.path(), None).unwrap();
     assert_eq!(1, listed.len());
     assert!(listed[0].bytes > 0 && listed[0].what == "kv");
     // And again: the next one has another name and number.
     let newest = newest_checkpoint(dir.path()).unwrap();
     replace(dir.path(), &newest, 1_234, 0, &None).unwrap();
-    assert_eq!(2, quarantine::list(dir.path()).unwrap().len());
+    assert_eq!(2, quarantine::list(dir.path(), None).unwrap().len());
     goes_on(dir.path(), 299).await;
 }
 
@@ -82,7 +82,7 @@ async fn stopped_after_any_step_it_recovers() {
             goes_on(dir.path(), 299).await;
             assert!(!dir.path().join("kv.new").exists(), "{step}, {then}");
             assert!(!dir.path().join("kv/replacement").exists(), "{step}, {then}");
-            assert!(!quarantine::list(dir.path()).unwrap().is_empty(), "{step}, {then}: nothing is deleted");
+            assert!(!quarantine::list(dir.path(), None).unwrap().is_empty(), "{step}, {then}: nothing is deleted");
         }
     }
 }
@@ -100,7 +100,7 @@ async fn nothing_is_changed_for_a_damaged_checkpoint_or_while_the_tree_is_in_use
     flip(&bad, 999);
     let error = replace(dir.path(), &newest, 50, 0, &None).unwrap_err();
     assert_eq!((ErrorClass::Damaged, Some(bad.as_path())), (error.class(), file_of(&error)), "{error}");
-    assert!(!dir.path().join("kv.new").exists() && quarantine::list(dir.path()).unwrap().is_empty());
+    assert!(!dir.path().join("kv.new").exists() && quarantine::list(dir.path(), None).unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -23,12 +23,11 @@ use stemedb_raft::{WalOptions, WalStore, disk::Disk, types::Vote};
 use super::{
     fail_point::{self, Stopped},
     pull::{self, PullError},
-    quarantine,
 };
 use crate::{
     node::identity::{IDENTITY_FILE, Identity, IdentityError},
     state::{
-        engine::{EngineError, folder},
+        engine::{EngineError, folder, quarantine},
         machine,
     },
 };

@@ -23,6 +23,25 @@ pub const POINTS: &[&str] = &[
     "rebuild.promoted",
 ];
 
+/// The same of the replacement of a damaged tree; the steps from `replace.begin` on are those of
+/// `state::engine::replace`.
+pub const TREE_POINTS: &[&str] = &[
+    "tree.begun",
+    "tree.pulled",
+    "tree.checked",
+    "tree.core_ended",
+    "tree.shelved",
+    "replace.begin",
+    "replace.built",
+    "replace.pointed",
+    "replace.marked",
+    "replace.quarantined",
+    "replace.moved",
+    "replace.done",
+    "tree.replaced",
+    "tree.started",
+];
+
 /// The rebuild stops here, for a test.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped at the fail point {0}")]

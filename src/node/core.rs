@@ -14,6 +14,7 @@ use openraft::{Raft, RaftMetrics, async_runtime::WatchReceiver};
 use stemedb_net::LocalIdentity;
 use stemedb_raft::{
     EntrySource, WalHandle,
+    io_times::IoTimes,
     types::{StoredMembership, TypeConfig},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -188,6 +189,8 @@ pub struct Shared {
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
     pub disk: DiskWatch,
+    /// What the disk is busy with; one for a process.
+    pub io_times: Arc<IoTimes>,
     /// How much room there is in the data folder.
     pub space: SpaceWatch,
     /// What this node, when it leads, takes from clients.

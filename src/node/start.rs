@@ -43,7 +43,7 @@ use super::{
     raft_settings::raft_config,
     read,
     read_index::{self, Rounds},
-    rebuild::{self, Need, journal::Journal, tree_watch},
+    rebuild::{self, Need, fail_point, journal::Journal, tree_watch},
     repair::{self, Begun},
     room_watch, slow,
     space::{RealSpace, SpaceProbe},
@@ -361,6 +361,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         view: watch::Sender::default(),
         freshness: Default::default(),
         disk: DiskWatch::default(),
+        io_times: Arc::clone(&process.io_times),
         space: process.space.clone(),
         admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
@@ -486,6 +487,8 @@ fn machine_options(shared: &Shared, wal: WalHandle) -> MachineOptions {
             Box::pin(async move { wal.wait_flushed(log_index).await.map_err(|e| e.to_string()) })
         })),
         observer: Arc::<Metrics>::clone(&shared.metrics),
+        io_times: Arc::clone(&shared.io_times),
+        fail_point: cfg!(debug_assertions).then(|| fail_point::of_folder(&shared.config.node.data_dir)),
         ..LsmOptions::default()
     };
     MachineOptions { data_dir: shared.config.node.data_dir.clone(), lsm }

@@ -24,9 +24,7 @@ use crate::{
         engine::{
             EngineError, ErrorClass,
             checkpoint::Checkpoint,
-            folder,
-            latch::FailPoint,
-            quarantine,
+            folder, quarantine,
             replace::{self, LogExtent, NotAllowed},
         },
         machine,
@@ -277,9 +275,7 @@ impl Runner {
         }
         let (data_dir, now_ms) = (self.data_dir.clone(), clock::unix_ms());
         let work = move || {
-            let point_dir = data_dir.clone();
-            let fail_point: FailPoint =
-                Arc::new(move |name| fail_point::hit(&point_dir, name).map_err(std::io::Error::other));
+            let fail_point = fail_point::of_folder(&data_dir);
             // First: where the log ends before the new tree, the checkpoint says that nothing was lost.
             let Some(shelved) = machine::shelve(&data_dir, checkpoint)? else {
                 let why = "the newest checkpoint of this node reaches further than what was fetched";

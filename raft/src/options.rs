@@ -42,6 +42,8 @@ pub struct WalOptions {
     pub room_patience: Duration,
     /// When the log does what nobody asked for.
     pub pace: Pace,
+    /// Whether the first segment of a new log may take its time, so that nobody else has to wait for the disk.
+    pub makes_room_gently: bool,
     /// Random numbers, or a seed's.
     pub identities: Identities,
 }
@@ -59,6 +61,7 @@ impl WalOptions {
             io_times: Arc::default(),
             room_patience: Duration::from_secs(10),
             pace: Pace::Background,
+            makes_room_gently: false,
             identities: Arc::new(rand::random),
         }
     }

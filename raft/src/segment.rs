@@ -8,6 +8,7 @@
 
 use std::{
     io,
+    ops::ControlFlow,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -25,12 +26,12 @@ use crate::{
     open::SPARE_NAME,
 };
 
-/// Zeros are written in pieces of this size.
+/// Zeros are written and synced in pieces of this size.
 const ZERO_BYTES: usize = 1 << 20;
 
-/// Zeros are synced in pieces of this size: one sync of a whole segment would keep the log's own syncs waiting, and
-/// look like a disk that hangs.
-const ZERO_SYNC_BYTES: u64 = 16 << 20;
+/// Rests after each piece for this many times as long as the piece took, unless somebody waits for the file: writing a
+/// segment at the disk's full speed keeps the log's own syncs waiting, and, on a small machine, everything else.
+const REST_FACTOR: u32 = 3;
 
 /// Pauses between two reservations that fail: the first and the longest. Room that is back is used within the longest.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
@@ -41,9 +42,10 @@ const LOOK_AROUND: Duration = Duration::from_millis(20);
 /// Reserves a file's space, writes it full of zeros and syncs it. A later sync of bytes written into it changes
 /// no metadata, and a full disk shows here, not in the middle of a group.
 ///
+/// `None`: the log is being closed, and nobody needs it; the next start fills it anew.
 /// [`is_full`] of the error: there was no room, nothing was written, and nothing is kept of the try. Any other error
 /// has latched the log.
-fn zero_fill(disk: &LogDisk, path: &Path, bytes: u64) -> io::Result<LogFile> {
+fn zero_fill(disk: &LogDisk, path: &Path, bytes: u64, rest: Rest<'_>) -> io::Result<Option<LogFile>> {
     // A spare that an earlier process left is used again: on a full disk it may be the only room there is.
     let file = match disk.open_file(path) {
         Ok(file) if file.bytes().is_ok_and(|b| b == bytes) => file,
@@ -58,22 +60,29 @@ fn zero_fill(disk: &LogDisk, path: &Path, bytes: u64) -> io::Result<LogFile> {
         }
         return Err(full);
     }
-    fill(&file, bytes)?;
-    Ok(file)
+    Ok(fill(&file, bytes, rest)?.is_continue().then_some(file))
 }
 
-fn fill(file: &dyn DiskFile, bytes: u64) -> io::Result<()> {
+/// Called after each piece with the time that it took; says whether to go on.
+type Rest<'a> = &'a dyn Fn(Duration) -> ControlFlow<()>;
+
+/// On the caller's thread nothing rests: the caller waits for the file.
+const NO_REST: Rest<'static> = &|_took| ControlFlow::Continue(());
+
+fn fill(file: &dyn DiskFile, bytes: u64, rest: Rest<'_>) -> io::Result<ControlFlow<()>> {
     let zeros = vec![0; ZERO_BYTES];
     let mut at = 0;
     while at < bytes {
+        let began = now();
         let n = usize::try_from(bytes - at).unwrap_or(ZERO_BYTES).min(ZERO_BYTES);
         file.write_at(zeros.get(..n).unwrap_or_default(), at)?;
+        file.sync_data()?;
         at += n as u64;
-        if at % ZERO_SYNC_BYTES == 0 && at < bytes {
-            file.sync_data()?;
+        if at < bytes && rest(now().saturating_duration_since(began)).is_break() {
+            return Ok(ControlFlow::Break(()));
         }
     }
-    file.sync_data()
+    Ok(ControlFlow::Continue(()))
 }
 
 struct Spare {
@@ -137,19 +146,35 @@ impl SpareDesk {
         self.changed.notify_all();
     }
 
+    /// After a piece of a spare that took so long. A spare that somebody waits for is made without rests. Break: the
+    /// log is closed, and nobody needs it; until the writer has ended, one may be needed.
+    fn rest(&self, took: Duration) -> ControlFlow<()> {
+        let until = now() + took.saturating_mul(REST_FACTOR);
+        let mut state = self.state();
+        while !state.closing && !state.is_urgent && !state.is_awaited {
+            let left = until.saturating_duration_since(now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if state.closing { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
     fn close(&self) {
         self.state().closing = true;
         self.changed.notify_all();
     }
 
     /// What became of a try. An error has latched the log; a want of room has not.
-    fn tried(&self, bytes: u64, made: io::Result<LogFile>) -> Result<(), Latched> {
+    fn tried(&self, bytes: u64, made: io::Result<Option<LogFile>>) -> Result<(), Latched> {
         let mut state = self.state();
         state.tries += 1;
         state.is_urgent = false;
         let was_failing = state.failing.is_some();
         let result = match made {
-            Ok(file) => {
+            Ok(None) => Ok(()),
+            Ok(Some(file)) => {
                 if was_failing {
                     tracing::info!("there is room for the next WAL segment again");
                 }
@@ -232,8 +257,18 @@ impl Preparer {
             Some(_) => self.desk().changed.notify_all(),
             None => {
                 // A failure has latched the log.
-                let _latched = self.desk().tried(bytes, zero_fill(&self.disk, &self.path, bytes));
+                let _latched = self.desk().tried(bytes, zero_fill(&self.disk, &self.path, bytes, NO_REST));
             }
+        }
+    }
+
+    /// As `prepare`, and waits for the end of the try, which goes on as gently as if nobody did.
+    pub fn prepare_and_wait(&self, bytes: u64) {
+        let seen = self.desk().state().tries;
+        self.prepare(bytes);
+        let mut state = self.desk().state();
+        while state.spare.is_none() && state.tries == seen && !state.ended {
+            state = self.desk().changed.wait_timeout(state, LOOK_AROUND).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -269,7 +304,7 @@ impl Preparer {
     /// Waits for the end of one try; the first one does not wait for its pause.
     fn try_once(&self, bytes: u64) -> io::Result<()> {
         if self.thread.is_none() {
-            self.desk().tried(bytes, zero_fill(&self.disk, &self.path, bytes))?;
+            self.desk().tried(bytes, zero_fill(&self.disk, &self.path, bytes, NO_REST))?;
             return Ok(());
         }
         let mut state = self.desk().state();
@@ -316,7 +351,8 @@ fn prepare_all(disk: &LogDisk, path: &Path) {
     let desk = &disk.shared().spare;
     while let Some(bytes) = desk.next_order(not_before) {
         // The death of this thread must not go unnoticed until a segment is full: it ends the log at once.
-        let tried = catch_unwind(AssertUnwindSafe(|| desk.tried(bytes, zero_fill(disk, path, bytes))));
+        let tried =
+            catch_unwind(AssertUnwindSafe(|| desk.tried(bytes, zero_fill(disk, path, bytes, &|took| desk.rest(took)))));
         match tried {
             Ok(Ok(())) if desk.status().failing.is_some() => {
                 not_before = Some(now() + pause);

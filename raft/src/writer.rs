@@ -152,6 +152,9 @@ impl Writer {
             None => {
                 // First, so that a log with segments always has a hard state, however early its first start ends.
                 writer.save_hard_state()?;
+                if writer.options.makes_room_gently {
+                    writer.preparer.prepare_and_wait(writer.options.segment_bytes);
+                }
                 writer.begin_segment(0)?;
             }
         }

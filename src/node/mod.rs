@@ -36,6 +36,7 @@ mod peers;
 pub mod process;
 pub mod proposer;
 mod proxy;
+mod raft_settings;
 mod read;
 mod read_index;
 pub mod rebuild;
@@ -50,6 +51,7 @@ pub mod slow;
 pub mod space;
 pub mod space_watch;
 mod start;
+mod start_error;
 pub mod status;
 mod submit;
 pub mod submit_rules;
@@ -63,17 +65,16 @@ use std::sync::{Arc, Weak};
 
 use tokio_util::sync::CancellationToken;
 
-use self::{
-    core::Shared,
-    process::Process,
-    rebuild::{desk::Desk, quarantine::Quarantined},
-};
+use self::{core::Shared, process::Process, rebuild::desk::Desk};
 use crate::{
     config::Config,
     metrics::{Metrics, RaftFigures, RebuildFigures, TreeFigures},
     state::{
         command::{CommandKey, Operation},
-        engine::scrub::ScrubSource,
+        engine::{
+            quarantine::{self, Quarantined},
+            scrub::ScrubSource,
+        },
     },
     store_helpers::StoreView,
 };
@@ -252,7 +253,7 @@ impl Node {
     /// What rebuilds have put away on this node, the oldest first.
     pub async fn quarantine(&self) -> Result<Vec<Quarantined>, String> {
         let (data_dir, days) = (self.process.config.node.data_dir.clone(), self.process.config.rebuild.quarantine_days);
-        let listed = tokio::task::spawn_blocking(move || rebuild::quarantine::list(&data_dir, days)).await;
+        let listed = tokio::task::spawn_blocking(move || quarantine::list(&data_dir, days)).await;
         listed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
     }
 

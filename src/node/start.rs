@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -16,10 +16,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use openraft::{Raft, RaftLogReader, SnapshotPolicy, storage::RaftLogStorage};
+use openraft::{Raft, RaftLogReader, storage::RaftLogStorage};
 use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
-    OpenError, WalHandle, WalOptions, WalStore,
+    WalHandle, WalOptions, WalStore,
     disk::{Disk, RealDisk},
     io_times::IoTimes,
 };
@@ -33,17 +33,18 @@ use super::{
     applier, bootstrap,
     core::{AssignRequest, Core, Shared},
     disk::DiskWatch,
-    files::FileError,
     formation::{self, FormError, Formed},
     forward::Forwarders,
     healer::PeerHealer,
-    identity::{self, FolderLock, Identity, IdentityError, LockError, LogContent, Standing},
+    identity::{self, FolderLock, Identity, LogContent, Standing},
     peers::Peers,
     process::Process,
     proposer::Proposer,
-    proxy, read,
+    proxy,
+    raft_settings::raft_config,
+    read,
     read_index::{self, Rounds},
-    rebuild::{self, Need, journal::Journal},
+    rebuild::{self, Need, fail_point, journal::Journal, tree_watch},
     repair::{self, Begun},
     room_watch, slow,
     space::{RealSpace, SpaceProbe},
@@ -61,69 +62,10 @@ use crate::{
     },
 };
 
-/// Entries in one append. Replication of many small entries is bounded by messages, not bytes; the log
-/// bounds the bytes of what it hands out.
-const APPEND_ENTRIES_MAX: u64 = 4_096;
-
-/// Waits between attempts to replicate to a node that cannot be reached: short at first, since a
-/// restarted process is back within a second.
-const REPLICATION_BACKOFF: &str = "20ms 40ms 80ms ...400ms";
-
 /// How long a node that starts asks for the index it has to reach, before it asks again.
 const CATCH_UP_ROUND: Duration = Duration::from_secs(10);
 
-/// Why a node did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The configuration contradicts itself in what only the node can see.
-    #[error("configuration: {0}")]
-    Config(String),
-    /// The data folder could not be made or read.
-    #[error("{operation} {}: {source}", path.display())]
-    Io {
-        /// What was being done.
-        operation: &'static str,
-        /// With which file or folder.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The data folder is in use.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// The identity is unusable.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    /// Another small file is unusable.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The log could not be opened.
-    #[error("write-ahead log: {0}")]
-    Wal(#[from] OpenError),
-    /// The parts of the folder do not belong together.
-    #[error("{0}")]
-    Refused(String),
-    /// Parts of the folder are missing that nothing here can bring back.
-    #[error("{0}")]
-    Lost(String),
-    /// The state could not be opened.
-    #[error("{0}")]
-    State(#[from] EngineError),
-    /// The peer listener could not be bound.
-    #[error("listen for other nodes on {addr}: {source}")]
-    Bind {
-        /// `host:port`.
-        addr: String,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The peer listener could not be shared with the fence.
-    #[error("the peer listener: {0}")]
-    PeerPort(io::Error),
-    /// Raft did not start.
-    #[error("raft: {0}")]
-    Raft(String),
-}
+pub use super::start_error::StartError;
 
 /// What the tasks of the start hand on.
 struct Parts {
@@ -202,13 +144,13 @@ pub async fn incarnate(process: &Arc<Process>, early: impl FnOnce(&Arc<Shared>))
     shared.vital.spawn("the task that follows the free space", room_watch::follow_own(Arc::clone(&shared)));
     let brought_up = bring_up(process, &shared, assigned).await;
     if let Err(error) = brought_up {
-        if let Some(why) = lost(&error).filter(|_| may_rebuild(&process.config, &process.peers)) {
+        if let Some(why) = lost(&error).filter(|need| may_cure(&process.config, &process.peers, need)) {
             needs_rebuild(&shared, why);
             return Ok(shared);
         }
         shared.stop.cancel();
         shared.vital.finished().await;
-        return Err(error);
+        return Err(tree_watch::refusal(error));
     }
     Ok(shared)
 }
@@ -252,10 +194,21 @@ fn may_rebuild(config: &Config, peers: &[PeerEntry]) -> bool {
     config.cluster.auto_rebuild && peers.len() >= 3
 }
 
+/// A tree alone needs one other node and no quorum.
+fn may_cure(config: &Config, peers: &[PeerEntry], need: &Need) -> bool {
+    match need {
+        Need::Node(_) => may_rebuild(config, peers),
+        Need::Tree(_) => config.cluster.auto_rebuild && peers.len() >= 2,
+    }
+}
+
 /// Whether an error of the start says that parts of the folder are lost for good.
 fn lost(error: &StartError) -> Option<Need> {
     match error {
         StartError::Lost(why) => Some(Need::Node(why.clone())),
+        StartError::TreeLost(why) => Some(Need::Tree(why.clone())),
+        // The log is open and sound by then.
+        StartError::State(error) if error.is_damage() => Some(Need::Tree(error.to_string())),
         _ => None,
     }
 }
@@ -277,7 +230,7 @@ async fn bring_up(
             }
             // A log that has lost entries had some: nobody may take this node for an empty one meanwhile.
             shared.log_was_used.store(true, Ordering::Relaxed);
-            let rebuilds = may_rebuild(&process.config, &process.peers);
+            let (config, peers) = (Arc::clone(&process.config), process.peers.clone());
             let (shared, stop) = (Arc::clone(shared), shared.core_stop.clone());
             shared.clone().vital.spawn("the repair of the log", async move {
                 let repairing = async {
@@ -285,9 +238,9 @@ async fn bring_up(
                     go_on(ready, log).await
                 };
                 let Some(Err(error)) = stop.run_until_cancelled(repairing).await else { return };
-                match lost(&error).filter(|_| rebuilds) {
+                match lost(&error).filter(|need| may_cure(&config, &peers, need)) {
                     Some(need) => needs_rebuild(&shared, need),
-                    None => shared.vital.end(error.to_string()),
+                    None => shared.vital.end(tree_watch::refusal(error).to_string()),
                 }
             });
             Ok(())
@@ -409,6 +362,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         view: watch::Sender::default(),
         freshness: Default::default(),
         disk: DiskWatch::default(),
+        io_times: Arc::clone(&process.io_times),
         space: process.space.clone(),
         admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
@@ -470,38 +424,18 @@ async fn initialize(
     Ok(())
 }
 
-/// Settings of Raft; each that differs from openraft's default has its reason in `openraft.md` or here.
-pub fn raft_config(config: &Config) -> Result<openraft::Config, StartError> {
-    let cluster = &config.cluster;
-    let settings = openraft::Config {
-        cluster_name: "stemedb".into(),
-        heartbeat_interval: cluster.heartbeat_ms,
-        election_timeout_min: cluster.election_min_ms,
-        election_timeout_max: cluster.election_max_ms,
-        max_payload_entries: APPEND_ENTRIES_MAX,
-        // Checkpoints and purges are asked for by bytes, in `upkeep`.
-        snapshot_policy: SnapshotPolicy::Never,
-        max_in_snapshot_log_to_keep: u64::MAX,
-        // A transfer times each of its messages; openraft's own bound would end a large one.
-        install_snapshot_timeout: u64::from(u32::MAX),
-        enable_pre_vote: Some(true),
-        // A leader that restores itself may give another content to a log id that followers hold.
-        enable_leader_restore: Some(false),
-        // A follower that lost its log must never be taken back silently.
-        allow_log_reversion: Some(false),
-        quorum_loss_probe_interval: Some(cluster.election_max_ms.saturating_mul(2)),
-        backoff: REPLICATION_BACKOFF.into(),
-        ..openraft::Config::default()
-    };
-    settings.validate().map_err(|e| StartError::Config(format!("cluster: {e}")))
-}
-
 /// Opens the state, starts Raft and the tasks around it.
 async fn run_core(parts: Parts) -> Result<(), StartError> {
     let Parts { shared, log, restore } = parts;
     let own_id = shared.local.load().node_id;
     let options = machine_options(&shared, log.handle());
-    let machine = blocking(move || StateMachine::open(options, restore)).await??;
+    let open = move || {
+        let (data_dir, board) = (options.data_dir.clone(), options.lsm.damage.clone());
+        let machine = StateMachine::open(options, restore)?;
+        tree_watch::recall(&data_dir, machine.handle().engine().dir(), &board);
+        Ok::<_, EngineError>(machine)
+    };
+    let machine = blocking(open).await??;
     let state = machine.handle();
     check_log_covers(&log.handle(), &state)?;
     // Before Raft reads the log for the first time.
@@ -535,6 +469,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
+    vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
@@ -556,6 +491,8 @@ fn machine_options(shared: &Shared, wal: WalHandle) -> MachineOptions {
             Box::pin(async move { wal.wait_flushed(log_index).await.map_err(|e| e.to_string()) })
         })),
         observer: Arc::<Metrics>::clone(&shared.metrics),
+        io_times: Arc::clone(&shared.io_times),
+        fail_point: cfg!(debug_assertions).then(|| fail_point::of_folder(&shared.config.node.data_dir)),
         ..LsmOptions::default()
     };
     MachineOptions { data_dir: shared.config.node.data_dir.clone(), lsm }
@@ -569,15 +506,14 @@ fn check_log_covers(wal: &WalHandle, state: &crate::state::machine::StateHandle)
     let checkpoint = state.checkpoint().and_then(|c| c.applied().log_id);
     let purged = wal.purged();
     if purged > applied.max(checkpoint) {
-        return Err(StartError::Refused(format!(
-            "the log begins after {purged:?}, and the state has applied {applied:?}: entries between them are missing here. \
-             Keep the folder, and replace this node by a new member with an empty data folder"
+        return Err(StartError::TreeLost(format!(
+            "the log begins after {purged:?}, and the state has applied {applied:?}: entries between them are missing here"
         )));
     }
     if applied > log_end && applied > checkpoint {
-        return Err(StartError::Refused(format!(
-            "the state has applied {applied:?}, and the log ends with {log_end:?}: the log has lost entries. Keep the folder, \
-             and replace this node by a new member with an empty data folder"
+        return Err(StartError::Lost(format!(
+            "the state has applied {applied:?}, and the log ends with {log_end:?}: the log has lost entries. This node \
+             must be rebuilt from a replica"
         )));
     }
     Ok(())
@@ -607,31 +543,4 @@ async fn catch_up(shared: Arc<Shared>) {
         }
     };
     shared.core_stop.run_until_cancelled(reached).await;
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn the_settings_of_raft_that_protect_data_are_set() {
-        let settings = raft_config(&Config::default()).unwrap();
-        assert_eq!(settings.enable_leader_restore, Some(false));
-        assert_eq!(settings.enable_pre_vote, Some(true));
-        assert_eq!(settings.allow_log_reversion, Some(false));
-        assert_eq!(settings.snapshot_policy, SnapshotPolicy::Never);
-        assert!(settings.quorum_loss_probe_interval >= Some(2 * settings.election_timeout_max));
-        assert_eq!(
-            (settings.heartbeat_interval, settings.election_timeout_min, settings.election_timeout_max),
-            (50, 150, 300)
-        );
-    }
-
-    #[test]
-    fn impossible_clocks_are_refused() {
-        let mut config = Config::default();
-        config.cluster.election_min_ms = 400;
-        assert!(matches!(raft_config(&config), Err(StartError::Config(_))));
-    }
 }

@@ -62,7 +62,7 @@ async fn from_the_log_alone_from_a_checkpoint_and_again() {
     let rebuilt = rebuild_from_wal(&request(dir.path()), |_| ()).await.unwrap();
     assert_eq!((Some(550), Some(550), 0), (rebuilt.from, rebuilt.applied, rebuilt.entries));
     assert_rebuilt(dir.path(), 550).await;
-    assert_eq!(2, quarantine::list(dir.path()).unwrap().len());
+    assert_eq!(2, quarantine::list(dir.path(), None).unwrap().len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

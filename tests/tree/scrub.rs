@@ -115,7 +115,7 @@ async fn a_damaged_checkpoint_goes_to_quarantine_and_the_tree_is_not_to_blame() 
         assert_eq!((PassEnd::Complete { damaged: 1 }, vec!["checkpoint"]), (end, kinds), "{kind}");
         assert!(handle.damage().borrow().is_none() && handle.failed().is_none(), "{kind}");
         assert!(handle.checkpoint().is_none(), "{kind}: Raft asks for another one");
-        let kept = stemedb::state::engine::quarantine::list(dir.path()).unwrap();
+        let kept = stemedb::state::engine::quarantine::list(dir.path(), None).unwrap();
         assert_eq!(vec!["checkpoint"], kept.iter().map(|each| each.what.as_str()).collect::<Vec<_>>());
         drop(checkpoint(&mut machine).await);
         assert_eq!(PassEnd::Complete { damaged: 0 }, scrub(dir.path(), handle.scrub_sources()).0);

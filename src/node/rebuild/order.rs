@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
+    ask::ask_any,
     messages::{Ask, AskReply, Refusal},
-    runner::ask_any,
 };
 use crate::node::process::Process;
 

@@ -4,13 +4,8 @@
 //! given up then, and goes on with the next start. A step that fails is tried again after a pause, for as long as it
 //! takes: the reason stands in the job, and the node serves its clients through the others meanwhile.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use arc_swap::ArcSwap;
-use openraft::Membership;
-use serde::{Serialize, de::DeserializeOwned};
-use stemedb_net::{Lane, Limits, LocalIdentity, Peer};
-use stemedb_raft::types::{Member, StoredMembership};
 use tokio::time::Instant;
 
 use super::{
@@ -18,45 +13,32 @@ use super::{
     desk::{Desk, JobState, Order, job_id},
     fail_point::{self, Stopped},
     journal::Journal,
-    messages::{Ask, AskReply, Granted, KnownMember, LeaderStep, Refusal, StepReply, StepRequest},
-    probe, pull, quarantine,
-    swap::{Swap, SwapError},
-    throttle::Throttle,
+    swap::SwapError,
+    tree_steps::TreeJob,
 };
 use crate::{
-    admin::rebuild::{Phase, Step, View, next},
-    clock,
-    node::{
-        core::Shared,
-        disk::DiskState,
-        kinds::Kind,
-        messages::{pack, unpack},
-        peers::Peers,
-        process::Process,
-        start,
+    admin::{
+        rebuild::{Phase, Step, View, next},
+        tree,
     },
+    clock,
+    node::{core::Shared, disk::DiskState, process::Process},
+    state::engine::quarantine,
 };
 
 /// How often a node without a rebuild looks whether it needs one, beside being told.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// Pauses after a step that did not come to its end: short at first, because leaders change within a second.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
+pub(super) const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);
-/// How long the leader may take for the grant or a step: it waits 10 s for a commit itself.
-const LEADER_REPLY_MAX: Duration = Duration::from_secs(12);
-/// How often the permit is renewed while files are fetched; it expires after an hour.
-const RENEW_INTERVAL: Duration = Duration::from_secs(600);
-/// A node whose files are good goes back to work when it gets no permit for this long.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(15);
+/// How long a node that has failed leaves processor and disks to the others before it begins to rebuild itself: the
+/// hand-over of leadership, some tens of milliseconds, is what clients wait for.
+const SETTLE: Duration = Duration::from_secs(1);
 /// How often the quarantine is looked through.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(3_600);
-/// Starts of the new incarnation that may fail before everything is fetched anew.
-const STARTS_MAX: u32 = 3;
-/// The boot under which files are fetched; the first start under the fresh id has the next one.
-const PULLING_BOOT: u64 = 1;
 
 /// Why a step did not come to its end.
-enum Halt {
+pub(super) enum Halt {
     /// Again, after a pause; the reason is shown.
     Again(String),
     /// Never again in this process: a test wants it.
@@ -78,11 +60,11 @@ impl From<SwapError> for Halt {
     }
 }
 
-fn again(why: impl ToString) -> Halt {
+pub(super) fn again(why: impl ToString) -> Halt {
     Halt::Again(why.to_string())
 }
 
-type Done = Result<(), Halt>;
+pub(super) type Done = Result<(), Halt>;
 
 /// Runs until the process stops. `journal`: the rebuild that the process before did not finish.
 pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
@@ -101,6 +83,8 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         expire_at: Instant::now(),
         healthy_before: false,
         restarted: true,
+        tree: None,
+        settled_at: None,
     };
     if let Some(journal) = &runner.journal {
         tracing::info!(phase = journal.phase.word(), why = journal.why, "a rebuild goes on where it was");
@@ -109,57 +93,77 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
     runner.run().await;
 }
 
-struct Runner {
-    process: Arc<Process>,
-    data_dir: PathBuf,
-    desk: Arc<Desk>,
-    journal: Option<Journal>,
-    operator_decides: bool,
-    folder_good: bool,
-    looked_again: bool,
-    joined: bool,
-    stale: bool,
-    refused_since: Option<Instant>,
-    starts_failed: u32,
-    expire_at: Instant,
+pub(super) struct Runner {
+    pub(super) process: Arc<Process>,
+    pub(super) data_dir: PathBuf,
+    pub(super) desk: Arc<Desk>,
+    pub(super) journal: Option<Journal>,
+    pub(super) operator_decides: bool,
+    pub(super) folder_good: bool,
+    pub(super) looked_again: bool,
+    pub(super) joined: bool,
+    pub(super) stale: bool,
+    pub(super) refused_since: Option<Instant>,
+    pub(super) starts_failed: u32,
+    pub(super) expire_at: Instant,
     /// Whether the incarnation was well when the rebuild was begun.
-    healthy_before: bool,
+    pub(super) healthy_before: bool,
     /// Whether the rebuild was begun by a process before this one.
-    restarted: bool,
+    pub(super) restarted: bool,
+    /// The replacement of the tree alone, if that is under way.
+    pub(super) tree: Option<TreeJob>,
+    /// When a rebuild that nobody ordered may begin.
+    settled_at: Option<Instant>,
 }
 
 /// Why the current incarnation should be rebuilt, if so.
-fn need(shared: &Shared) -> Option<Need> {
+pub(super) fn need(shared: &Shared) -> Option<Need> {
+    let known = shared.need.borrow().clone();
+    if matches!(known, Some(Need::Node(_))) {
+        return known;
+    }
     let disk = shared.disk.health();
-    let failed = (disk.state == DiskState::Failed).then(|| disk.reason.clone().unwrap_or_default());
-    shared.need.borrow().clone().or(failed.map(|why| Need::Node(format!("the disk has failed: {why}"))))
+    if disk.state != DiskState::Failed {
+        return known;
+    }
+    let failed = Need::Node(format!("the disk has failed: {}", disk.reason.unwrap_or_default()));
+    Some(ended_by_damage(shared).map_or(failed, |damage| known.unwrap_or(Need::Tree(damage))))
 }
 
-fn is_open(shared: &Shared) -> bool {
+/// What is damaged in the tree, if nothing else has ended the core: the log is as sound as before then.
+fn ended_by_damage(shared: &Shared) -> Option<String> {
+    let state = &shared.core.get()?.state;
+    let damage = state.damage().borrow().as_ref().map(ToString::to_string)?;
+    let log_latched = shared.wal().and_then(stemedb_raft::WalHandle::latched).is_some();
+    let tree_failed = state.failed().is_some_and(|error| !error.is_damage());
+    (!log_latched && !tree_failed).then_some(damage)
+}
+
+pub(super) fn is_open(shared: &Shared) -> bool {
     shared.retired.get().is_none() && (shared.core.get().is_some() || shared.wal().is_some())
 }
 
-async fn blocking<T: Send + 'static, E: ToString + Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static, E: ToString + Send + 'static>(
     work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, Halt> {
     tokio::task::spawn_blocking(work).await.map_err(again)?.map_err(again)
 }
 
-async fn call<A: DeserializeOwned>(peer: &Peer, kind: Kind, request: &impl Serialize) -> Result<A, String> {
-    let body = pack(request).map_err(|e| e.to_string())?;
-    let answer = peer.call(kind.number(), body, LEADER_REPLY_MAX).await.map_err(|e| e.to_string())?;
-    unpack(&answer).map_err(|e| e.to_string())
+/// A step of one of the two flows.
+enum Which {
+    Node(Step),
+    Tree(tree::Step),
 }
 
 impl Runner {
-    fn hit(&self, point: &'static str) -> Result<(), Stopped> {
+    pub(super) fn hit(&self, point: &'static str) -> Result<(), Stopped> {
         fail_point::hit(&self.data_dir, point)
     }
 
     fn view(&self, shared: &Shared, order: Option<&Order>) -> View {
         View {
             phase: self.journal.as_ref().map(|j| j.phase),
-            needed: need(shared).is_some(),
+            needed: matches!(need(shared), Some(Need::Node(_))),
             ordered: order.is_some(),
             automatic: self.process.config.cluster.auto_rebuild,
             operator_decides: self.operator_decides,
@@ -182,26 +186,52 @@ impl Runner {
         while !stop.is_cancelled() {
             let Some(shared) = self.process.current() else { return };
             let order = self.desk.ordered();
-            let step = next(&self.view(&shared, order.as_ref()));
-            let done = match step {
-                Step::Rest | Step::AwaitOperator => {
-                    if step == Step::AwaitOperator {
-                        self.show_waiting(&shared);
+            let step = match self.concerns_tree(&shared, order.as_ref()) {
+                true => Which::Tree(tree::next(&self.tree_view(&shared))),
+                false => {
+                    self.tree = None;
+                    Which::Node(next(&self.view(&shared, order.as_ref())))
+                }
+            };
+            let begins = matches!(step, Which::Node(Step::Probe | Step::Begin));
+            if begins && order.is_none() && self.journal.is_none() {
+                let at = *self.settled_at.get_or_insert_with(|| Instant::now() + SETTLE);
+                if Instant::now() < at {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        () = self.desk.wake.notified() => {}
+                        () = tokio::time::sleep_until(at) => {}
                     }
+                    continue;
+                }
+            } else {
+                self.settled_at = None;
+            }
+            let done = match step {
+                Which::Node(Step::Rest) | Which::Tree(tree::Step::Rest) => {
                     self.rest(&shared).await;
                     Ok(())
                 }
-                // Files change hands here: never left in the middle.
-                Step::Begin => self.begin(&shared, order).await,
-                Step::EndCore => self.end_core(&shared).await,
-                Step::Swap => self.swap().await,
-                Step::Start => self.start().await,
-                Step::StartOver => self.start_over().await,
-                Step::Probe | Step::Ask | Step::Pull | Step::Join | Step::Promote => {
-                    let work = self.waiting_step(step, &shared, order);
-                    match stop.run_until_cancelled(work).await {
-                        Some(done) => done,
-                        None => return,
+                Which::Node(Step::AwaitOperator) | Which::Tree(tree::Step::AwaitOperator) => {
+                    self.show_waiting(&shared);
+                    self.rest(&shared).await;
+                    Ok(())
+                }
+                Which::Node(step) => {
+                    let gives_way = matches!(step, Step::Probe | Step::Ask | Step::Pull | Step::Join | Step::Promote);
+                    let work = self.node_step(step, &shared, order);
+                    match gives_way {
+                        true => stop.run_until_cancelled(work).await.unwrap_or(Ok(())),
+                        // Files change hands here: never left in the middle.
+                        false => work.await,
+                    }
+                }
+                Which::Tree(step) => {
+                    let gives_way = matches!(step, tree::Step::Probe | tree::Step::Pull | tree::Step::Check);
+                    let work = self.tree_step(step, &shared);
+                    match gives_way {
+                        true => stop.run_until_cancelled(work).await.unwrap_or(Ok(())),
+                        false => work.await,
                     }
                 }
             };
@@ -224,15 +254,26 @@ impl Runner {
         }
     }
 
-    async fn waiting_step(&mut self, step: Step, shared: &Arc<Shared>, order: Option<Order>) -> Done {
+    async fn node_step(&mut self, step: Step, shared: &Arc<Shared>, order: Option<Order>) -> Done {
         match step {
+            Step::Begin => self.begin(shared, order).await,
+            Step::EndCore => self.end_core(shared).await,
+            Step::Swap => self.swap().await,
+            Step::Start => self.start().await,
+            Step::StartOver => self.start_over().await,
             Step::Probe => self.probe().await,
             Step::Ask => self.ask(shared, order).await,
             Step::Pull => self.pull(order).await,
             Step::Join => self.join(shared).await,
             Step::Promote => self.promote(shared).await,
-            _ => Ok(()),
+            Step::Rest | Step::AwaitOperator => Ok(()),
         }
+    }
+
+    /// Whether the tree alone is to be replaced, and nothing else is asked for or under way.
+    fn concerns_tree(&self, shared: &Shared, order: Option<&Order>) -> bool {
+        let whole = self.journal.is_some() || order.is_some() || matches!(need(shared), Some(Need::Node(_)));
+        !whole && (self.tree.is_some() || need(shared).is_some())
     }
 
     async fn rest(&mut self, shared: &Shared) {
@@ -258,7 +299,7 @@ impl Runner {
     }
 
     /// Shows where the job is.
-    fn show(&self, step: &'static str) {
+    pub(super) fn show(&self, step: &'static str) {
         let Some(journal) = &self.journal else { return };
         self.desk.show(|job| {
             job.id = job_id(journal.job);
@@ -294,7 +335,7 @@ impl Runner {
         });
     }
 
-    fn waits(&self, why: &str) {
+    pub(super) fn waits(&self, why: &str) {
         let known = self.desk.current().is_some_and(|job| job.state == JobState::Waiting && job.detail == why);
         if !known {
             tracing::warn!("the rebuild waits: {why}");
@@ -307,425 +348,14 @@ impl Runner {
         }
     }
 
-    async fn save(&mut self, journal: Journal) -> Done {
+    pub(super) async fn save(&mut self, journal: Journal) -> Done {
         let (saved, data_dir) = (journal.clone(), self.data_dir.clone());
         blocking(move || saved.save(&data_dir)).await?;
         self.journal = Some(journal);
         Ok(())
     }
 
-    fn journal(&self) -> Result<Journal, Halt> {
+    pub(super) fn journal(&self) -> Result<Journal, Halt> {
         self.journal.clone().ok_or_else(|| again("there is no rebuild under way"))
     }
-
-    async fn probe(&mut self) -> Done {
-        let (dir, seed) = (self.data_dir.clone(), clock::unix_ms());
-        let tried = blocking(move || probe::probe(&dir, seed)).await;
-        match tried {
-            Ok(()) => self.folder_good = true,
-            Err(Halt::Again(why)) => return Err(again(format!("the data folder is not good yet: {why}"))),
-            Err(stopped) => return Err(stopped),
-        }
-        Ok(())
-    }
-
-    async fn begin(&mut self, shared: &Arc<Shared>, order: Option<Order>) -> Done {
-        let found = need(shared);
-        (self.healthy_before, self.restarted) = (found.is_none(), false);
-        let ordered = order.as_ref().map(|order| order.job);
-        let shown = self.desk.current().and_then(|job| uuid::Uuid::parse_str(&job.id).ok()).map(|id| id.as_u128());
-        let cluster_id = (**shared.identity.load()).as_ref().map(|id| id.cluster_id).unwrap_or_default();
-        let journal = Journal {
-            job: ordered.or(shown).unwrap_or_else(|| uuid::Uuid::now_v7().as_u128()),
-            phase: Phase::Asking,
-            why: found.map_or_else(|| "an operator has asked for it".to_owned(), |need| need.why().to_owned()),
-            automatic: order.is_none(),
-            from: order.and_then(|order| order.from),
-            began_unix_ms: clock::unix_ms(),
-            emptied: false,
-            cluster_id,
-            fresh_id: 0,
-            leader: shared.view.borrow().leader.as_ref().map_or(0, |l| l.id),
-            members: known_members(&shared.view.borrow().membership),
-        };
-        self.save(journal).await?;
-        self.reset();
-        self.show("ending the core");
-        tracing::warn!(why = self.journal()?.why, "this node begins to rebuild itself");
-        self.hit("rebuild.begun")?;
-        Ok(())
-    }
-
-    /// Forgets what belonged to the attempt before.
-    fn reset(&mut self) {
-        (self.looked_again, self.joined, self.stale, self.operator_decides) = (false, false, false, false);
-        self.refused_since = None;
-        self.starts_failed = 0;
-    }
-
-    async fn end_core(&mut self, shared: &Arc<Shared>) -> Done {
-        // Leadership first: an election would be felt.
-        if shared.silenced().is_none() {
-            crate::node::handover::hand_over(shared).await;
-        }
-        self.process.retire(shared, "this node is being rebuilt").await;
-        self.hit("rebuild.core_ended")?;
-        Ok(())
-    }
-
-    /// Addresses of the others, a known leader's first.
-    fn addresses(&self) -> Vec<String> {
-        let own = &self.process.config.node.name;
-        let journal = self.journal.as_ref();
-        let members = journal.map(|j| pull::sources(&j.members, own, None, None)).unwrap_or_default();
-        if members.is_empty() {
-            return self.process.peers.iter().filter(|p| p.name != *own).map(|p| p.addr.clone()).collect();
-        }
-        members.into_iter().filter(|known| known.voter).map(|known| known.member.peer_addr).collect()
-    }
-
-    /// Asks one node after the other until one decides.
-    async fn ask_leader(&self, shared: &Shared, ask: &Ask) -> AskReply {
-        ask_any(shared, self.addresses(), ask).await
-    }
-
-    fn question(&self, journal: &Journal) -> Ask {
-        Ask {
-            cluster_id: (journal.cluster_id != [0; 16]).then_some(journal.cluster_id),
-            name: self.process.config.node.name.clone(),
-            job: journal.job,
-            automatic: journal.automatic,
-            dry_run: false,
-            emptied: journal.emptied,
-        }
-    }
-
-    async fn ask(&mut self, shared: &Arc<Shared>, order: Option<Order>) -> Done {
-        self.show("asking for the permit");
-        let mut journal = self.journal()?;
-        if journal.automatic && order.is_some() {
-            journal.automatic = false;
-            self.operator_decides = false;
-            self.save(journal.clone()).await?;
-        }
-        match self.ask_leader(shared, &self.question(&journal)).await {
-            AskReply::Granted(granted) => {
-                let Granted { permit: Some(permit), cluster_id, leader, members } = *granted else {
-                    return Err(again("the leader granted nothing"));
-                };
-                (journal.cluster_id, journal.fresh_id, journal.leader) = (cluster_id, permit.fresh_id, leader);
-                journal.members = members;
-                if journal.phase == Phase::Asking {
-                    journal.phase = Phase::Granted;
-                } else {
-                    self.looked_again = true;
-                }
-                self.refused_since = None;
-                self.know_members(shared, &journal);
-                self.save(journal).await?;
-                self.hit("rebuild.granted")?;
-                Ok(())
-            }
-            AskReply::Refused(Refusal::Operator(why)) if journal.automatic => {
-                self.operator_decides = true;
-                Err(again(why))
-            }
-            AskReply::Refused(refusal) => self.refused(shared, &journal, refusal.to_string()).await,
-            AskReply::NotLeader { .. } => self.refused(shared, &journal, "no leader is known".into()).await,
-            AskReply::Failed(why) => self.refused(shared, &journal, why).await,
-        }
-    }
-
-    /// A node whose own files are good goes back to work when it is refused for long.
-    async fn refused(&mut self, shared: &Arc<Shared>, journal: &Journal, why: String) -> Done {
-        let since = *self.refused_since.get_or_insert_with(Instant::now);
-        let healthy = !journal.automatic && self.healthy_before;
-        // After a restart the log is looked at anew: what it says of itself counts, and without it two nodes that
-        // failed at once would wait for each other for ever.
-        let may_go_back = !journal.emptied && (healthy || self.restarted);
-        if !may_go_back || since.elapsed() < GIVE_UP_AFTER {
-            return Err(again(format!("no permit yet: {why}")));
-        }
-        tracing::warn!("the rebuild is given up, and the node goes back to work: {why}");
-        let cancel = LeaderStep::Cancel { job: journal.job };
-        if let Err(why) = self.leader_step(shared, cancel).await {
-            // It expires by itself, and this node never uses it.
-            tracing::warn!("the permit, if there is one, could not be given back: {why}");
-        }
-        let data_dir = self.data_dir.clone();
-        blocking(move || Journal::remove(&data_dir)).await?;
-        self.journal = None;
-        self.reset();
-        self.desk.end(JobState::Failed, Some(format!("given up after {GIVE_UP_AFTER:?}: {why}")));
-        self.process.start_next().await.map(|_| ()).map_err(|e| {
-            self.process.vital.end(format!("the node could not go back to work: {e}"));
-            again(e)
-        })
-    }
-
-    /// Lets a proxy without a state know who the others are.
-    fn know_members(&self, shared: &Arc<Shared>, journal: &Journal) {
-        if shared.local.load().node_id == 0 {
-            shared.local.store(Arc::new(pulling_identity(journal)));
-        }
-        let unknown = shared.view.borrow().membership.nodes().next().is_none();
-        if unknown && let Some(membership) = membership_of(&journal.members) {
-            shared.view.send_modify(|view| view.membership = Arc::new(membership));
-        }
-    }
-
-    async fn pull(&mut self, order: Option<Order>) -> Done {
-        self.show("pulling");
-        let mut journal = self.journal()?;
-        let from = order.and_then(|order| order.from).or_else(|| journal.from.clone());
-        let own = &self.process.config.node.name;
-        let leader = (journal.leader != 0).then_some(journal.leader);
-        let sources = pull::sources(&journal.members, own, leader, from.as_deref());
-        if sources.is_empty() {
-            let who = from.unwrap_or_else(|| "another member".to_owned());
-            return Err(again(format!("there is no {who} to fetch a checkpoint from")));
-        }
-        let local = Arc::new(ArcSwap::from_pointee(pulling_identity(&journal)));
-        let peers = Peers::new(local, Limits::default(), self.process.boots.clone());
-        let mut throttle = Throttle::new(self.process.config.rebuild.throttle_mb_per_s);
-        let mut why = Vec::new();
-        for source in sources {
-            let pulled = {
-                let pulling = pull::pull(&peers, &source, &self.data_dir, &mut throttle, &self.desk.progress);
-                tokio::select! {
-                    pulled = pulling => pulled,
-                    () = self.keep_permit(&journal) => continue,
-                }
-            };
-            match pulled {
-                Ok(manifest) => {
-                    peers.close();
-                    let path = manifest_path(&self.data_dir);
-                    blocking(move || crate::state::engine::folder::replace_synced(&path, &manifest)).await?;
-                    let progress = self.desk.current();
-                    tracing::info!(
-                        from = source.member.name,
-                        bytes = progress.as_ref().map(|p| p.bytes_total),
-                        ms = progress.as_ref().map(|p| p.ms),
-                        "a checkpoint was fetched"
-                    );
-                    journal.phase = Phase::Pulled;
-                    self.looked_again = false;
-                    self.save(journal).await?;
-                    self.hit("rebuild.pulled")?;
-                    return Ok(());
-                }
-                Err(error) => why.push(error.to_string()),
-            }
-        }
-        peers.close();
-        Err(again(why.join("; ")))
-    }
-
-    /// Renews the permit from time to time; never returns.
-    async fn keep_permit(&self, journal: &Journal) {
-        loop {
-            tokio::time::sleep(RENEW_INTERVAL).await;
-            let Some(shared) = self.process.current() else { continue };
-            // Without an answer it is asked for again before anything is swapped.
-            let reply = self.ask_leader(&shared, &self.question(journal)).await;
-            tracing::debug!(?reply, "permit renewed");
-        }
-    }
-
-    async fn swap(&mut self) -> Done {
-        self.show("swapping");
-        let mut journal = self.journal()?;
-        let swap = Swap {
-            data_dir: self.data_dir.clone(),
-            disk: Arc::clone(&self.process.disk),
-            wal: start::wal_options(&self.process),
-            began_unix_ms: journal.began_unix_ms,
-            what: "node",
-        };
-        let path = manifest_path(&self.data_dir);
-        let manifest = blocking(move || std::fs::read(path)).await?;
-        if journal.phase == Phase::Pulled {
-            (journal.phase, journal.emptied) = (Phase::Swapping, true);
-            self.save(journal.clone()).await?;
-            self.hit("rebuild.swap.announced")?;
-        }
-        if journal.phase == Phase::Swapping {
-            let away = swap.clone();
-            tokio::task::spawn_blocking(move || away.put_away()).await.map_err(again)??;
-            journal.phase = Phase::Emptied;
-            self.save(journal.clone()).await?;
-            self.hit("rebuild.swap.emptied")?;
-        }
-        let tree = swap.clone();
-        tokio::task::spawn_blocking(move || tree.put_tree_in_place(&manifest)).await.map_err(again)??;
-        swap.put_log_in_place(journal.cluster_id, &self.process.config.node.name, journal.fresh_id).await?;
-        journal.phase = Phase::Installed;
-        self.save(journal).await?;
-        self.hit("rebuild.swap.installed")?;
-        self.remove_staging().await;
-        Ok(())
-    }
-
-    /// The fetched files are linked into the tree; a second name would hold their room after a compaction.
-    async fn remove_staging(&self) {
-        let dir = pull::staging(&self.data_dir);
-        let removed = tokio::task::spawn_blocking(move || crate::state::engine::folder::remove(&dir)).await;
-        if let Ok(Err(error)) = removed {
-            tracing::warn!(%error, "fetched files stay beside the tree");
-        }
-    }
-
-    async fn start(&mut self) -> Done {
-        self.show("starting");
-        let why = match self.process.start_next().await {
-            Ok(next) if is_open(&next) => {
-                self.hit("rebuild.started")?;
-                return Ok(());
-            }
-            Ok(next) => need(&next).map_or_else(String::new, |need| need.why().to_owned()),
-            Err(error) => error.to_string(),
-        };
-        self.starts_failed += 1;
-        self.stale = self.starts_failed >= STARTS_MAX;
-        Err(again(format!("the new files do not start: {why}")))
-    }
-
-    async fn start_over(&mut self) -> Done {
-        let mut journal = self.journal()?;
-        tracing::warn!(fresh_id = journal.fresh_id, "the rebuild starts over under another permit");
-        journal.job = uuid::Uuid::now_v7().as_u128();
-        journal.phase = Phase::Asking;
-        journal.began_unix_ms = clock::unix_ms();
-        journal.emptied = true;
-        self.desk.show(|job| job.id = job_id(journal.job));
-        self.save(journal).await?;
-        self.reset();
-        Ok(())
-    }
-
-    /// Has the leader take a step, whichever node leads by now.
-    async fn leader_step(&self, shared: &Shared, step: LeaderStep) -> Result<StepReply, String> {
-        let journal = self.journal.as_ref().ok_or("there is no rebuild under way")?;
-        let own = &self.process.config.node.name;
-        let request = StepRequest { name: own.clone(), fresh_id: journal.fresh_id, step };
-        let mut why = Vec::new();
-        for known in pull::sources(&journal.members, own, None, None).iter().filter(|known| known.voter) {
-            let peer = shared.peers.to(known.id, &known.member.peer_addr, Lane::Control);
-            match call::<StepReply>(&peer, Kind::RebuildStep, &request).await {
-                Ok(StepReply::NotLeader) => why.push(format!("{} does not lead", known.member.name)),
-                Ok(StepReply::Failed(text)) => why.push(format!("{}: {text}", known.member.name)),
-                Ok(reply) => return Ok(reply),
-                Err(text) => why.push(format!("{}: {text}", known.member.name)),
-            }
-        }
-        Err(why.join("; "))
-    }
-
-    async fn join(&mut self, shared: &Arc<Shared>) -> Done {
-        self.show("joining");
-        let member = self.own_member()?;
-        match self.leader_step(shared, LeaderStep::Join(member)).await.map_err(again)? {
-            StepReply::Stale(why) => {
-                tracing::warn!("{why}");
-                self.stale = true;
-            }
-            _ => {
-                self.joined = true;
-                self.hit("rebuild.joined")?;
-            }
-        }
-        Ok(())
-    }
-
-    /// This node as the others know it.
-    fn own_member(&self) -> Result<Member, Halt> {
-        let name = &self.process.config.node.name;
-        let listed = self.process.peers.iter().find(|peer| peer.name == *name).map(|peer| Member {
-            name: peer.name.clone(),
-            peer_addr: peer.addr.clone(),
-            http_addr: peer.http.clone(),
-        });
-        let journal = self.journal()?;
-        let before = || journal.members.iter().find(|known| known.member.name == *name).map(|k| k.member.clone());
-        listed.or_else(before).ok_or_else(|| again("this node does not know its own address; list it in cluster.peers"))
-    }
-
-    async fn promote(&mut self, shared: &Arc<Shared>) -> Done {
-        self.show("catching up");
-        match self.leader_step(shared, LeaderStep::Promote).await.map_err(again)? {
-            StepReply::Behind { entries } => {
-                self.desk.show(|job| job.entries_behind = Some(entries));
-                tokio::time::sleep(PAUSE_MIN).await;
-                Ok(())
-            }
-            StepReply::Stale(why) => {
-                tracing::warn!("{why}");
-                self.stale = true;
-                Ok(())
-            }
-            _ => {
-                self.hit("rebuild.promoted")?;
-                let data_dir = self.data_dir.clone();
-                blocking(move || Journal::remove(&data_dir)).await?;
-                self.remove_staging().await;
-                let fresh_id = self.journal.take().map(|j| j.fresh_id);
-                self.reset();
-                self.folder_good = false;
-                self.desk.show(|job| job.entries_behind = Some(0));
-                self.desk.end(JobState::Finished, None);
-                self.process.metrics.rebuild_finished();
-                tracing::warn!(?fresh_id, "this node has rebuilt itself and votes again");
-                Ok(())
-            }
-        }
-    }
-}
-
-/// Asks one node after the other until one decides; follows one hint for the leader.
-pub async fn ask_any(shared: &Shared, addresses: Vec<String>, ask: &Ask) -> AskReply {
-    let mut why = Vec::new();
-    let mut waiting: Vec<String> = addresses.into_iter().rev().collect();
-    let mut asked: Vec<String> = Vec::new();
-    while let Some(addr) = waiting.pop() {
-        if asked.contains(&addr) {
-            continue;
-        }
-        asked.push(addr.clone());
-        let peer = shared.peers.probe(&addr);
-        let reply = call::<AskReply>(&peer, Kind::RebuildAsk, ask).await;
-        peer.close();
-        match reply {
-            Ok(AskReply::NotLeader { leader_addr }) => waiting.extend(leader_addr),
-            Ok(AskReply::Failed(text)) | Err(text) => why.push(format!("{addr}: {text}")),
-            Ok(decided) => return decided,
-        }
-    }
-    match why.is_empty() {
-        true => AskReply::NotLeader { leader_addr: None },
-        false => AskReply::Failed(why.join("; ")),
-    }
-}
-
-fn manifest_path(data_dir: &std::path::Path) -> PathBuf {
-    data_dir.join("rebuild").join("manifest")
-}
-
-/// Who this node is while it fetches.
-pub fn pulling_identity(journal: &Journal) -> LocalIdentity {
-    LocalIdentity { cluster_id: journal.cluster_id, node_id: journal.fresh_id, boot: PULLING_BOOT }
-}
-
-fn known_members(membership: &StoredMembership) -> Vec<KnownMember> {
-    let voters: Vec<u64> = membership.voter_ids().collect();
-    let known =
-        |(id, member): (&u64, &Member)| KnownMember { id: *id, member: member.clone(), voter: voters.contains(id) };
-    membership.nodes().map(known).collect()
-}
-
-/// The members as a view of the cluster has them.
-pub fn membership_of(members: &[KnownMember]) -> Option<StoredMembership> {
-    let nodes: BTreeMap<u64, Member> = members.iter().map(|known| (known.id, known.member.clone())).collect();
-    let voters = members.iter().filter(|known| known.voter).map(|known| known.id).collect();
-    Membership::new(vec![voters], nodes).ok().map(|membership| StoredMembership::new(None, membership))
 }

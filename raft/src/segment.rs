@@ -263,7 +263,7 @@ impl Preparer {
     }
 
     /// As `prepare`, and waits for the end of the try, which goes on as gently as if nobody did.
-    pub fn prepare_and_wait(&self, bytes: u64) {
+    pub fn prepare_and_wait(&mut self, bytes: u64) {
         let seen = self.desk().state().tries;
         self.prepare(bytes);
         let mut state = self.desk().state();

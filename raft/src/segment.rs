@@ -8,6 +8,7 @@
 
 use std::{
     io,
+    ops::ControlFlow,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -41,9 +42,10 @@ const LOOK_AROUND: Duration = Duration::from_millis(20);
 /// Reserves a file's space, writes it full of zeros and syncs it. A later sync of bytes written into it changes
 /// no metadata, and a full disk shows here, not in the middle of a group.
 ///
+/// `None`: the log is being closed, and nobody needs it; the next start fills it anew.
 /// [`is_full`] of the error: there was no room, nothing was written, and nothing is kept of the try. Any other error
 /// has latched the log.
-fn zero_fill(disk: &LogDisk, path: &Path, bytes: u64) -> io::Result<LogFile> {
+fn zero_fill(disk: &LogDisk, path: &Path, bytes: u64) -> io::Result<Option<LogFile>> {
     // A spare that an earlier process left is used again: on a full disk it may be the only room there is.
     let file = match disk.open_file(path) {
         Ok(file) if file.bytes().is_ok_and(|b| b == bytes) => file,
@@ -58,11 +60,12 @@ fn zero_fill(disk: &LogDisk, path: &Path, bytes: u64) -> io::Result<LogFile> {
         }
         return Err(full);
     }
-    fill(&file, bytes)?;
-    Ok(file)
+    let desk = &disk.shared().spare;
+    let goes_on = || if desk.is_closing() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    Ok(fill(&file, bytes, &goes_on)?.is_continue().then_some(file))
 }
 
-fn fill(file: &dyn DiskFile, bytes: u64) -> io::Result<()> {
+fn fill(file: &dyn DiskFile, bytes: u64, goes_on: &dyn Fn() -> ControlFlow<()>) -> io::Result<ControlFlow<()>> {
     let zeros = vec![0; ZERO_BYTES];
     let mut at = 0;
     while at < bytes {
@@ -72,8 +75,12 @@ fn fill(file: &dyn DiskFile, bytes: u64) -> io::Result<()> {
         if at % ZERO_SYNC_BYTES == 0 && at < bytes {
             file.sync_data()?;
         }
+        if goes_on().is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
     }
-    file.sync_data()
+    file.sync_data()?;
+    Ok(ControlFlow::Continue(()))
 }
 
 struct Spare {
@@ -137,19 +144,25 @@ impl SpareDesk {
         self.changed.notify_all();
     }
 
+    /// A writer that stands at the wall still takes a spare that is being made: until it has ended, one may be needed.
+    fn is_closing(&self) -> bool {
+        self.state().closing
+    }
+
     fn close(&self) {
         self.state().closing = true;
         self.changed.notify_all();
     }
 
     /// What became of a try. An error has latched the log; a want of room has not.
-    fn tried(&self, bytes: u64, made: io::Result<LogFile>) -> Result<(), Latched> {
+    fn tried(&self, bytes: u64, made: io::Result<Option<LogFile>>) -> Result<(), Latched> {
         let mut state = self.state();
         state.tries += 1;
         state.is_urgent = false;
         let was_failing = state.failing.is_some();
         let result = match made {
-            Ok(file) => {
+            Ok(None) => Ok(()),
+            Ok(Some(file)) => {
                 if was_failing {
                     tracing::info!("there is room for the next WAL segment again");
                 }

@@ -4,7 +4,10 @@
 //! `cargo run --release -p stemedb-raft --example surgical_repair [FOLDER]`
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::disallowed_methods)]
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use openraft::{
@@ -12,8 +15,10 @@ use openraft::{
     type_config::TypeConfigExt,
 };
 use stemedb_raft::{
-    Electorate, Entry, EntryData, OpenStep, TypeConfig, Vote, WalOptions, WalStore, codec, disk::RealDisk,
-    frame::log_id, scan::scan_segment,
+    Electorate, Entry, EntryData, OpenStep, TypeConfig, Vote, WalOptions, WalStore, codec,
+    disk::{Disk, RealDisk},
+    frame::log_id,
+    scan::scan_segment,
 };
 
 const ENTRIES: u64 = 30_000;
@@ -40,12 +45,19 @@ async fn main() {
     write(own.clone()).await;
     write(healthy.clone()).await;
     let segment = own.join("segment.001.wal");
-    let mut bytes = std::fs::read(&segment).unwrap();
-    let at =
-        usize::try_from(scan_segment(&bytes).unwrap().entries.get(DAMAGED as usize).unwrap().offset.unwrap()).unwrap();
-    bytes.get_mut(at..at + 500).unwrap().fill(0);
-    std::fs::write(&segment, bytes).unwrap();
-    let (peer, _) = WalStore::open(RealDisk::new(), WalOptions::new(healthy)).unwrap();
+    let bytes = std::fs::read(&segment).unwrap();
+    let at = scan_segment(&bytes).unwrap().entries.get(DAMAGED as usize).unwrap().offset.unwrap();
+    // What has rotted lies on the disk: a page cache full of new bytes would be written by the first sync of the repair.
+    let disk = RealDisk::new();
+    let file = disk.open(&segment).unwrap();
+    file.write_at(&[0; 500], at).unwrap();
+    file.sync_data().unwrap();
+    drop((file, bytes));
+    let (peer, _) = WalStore::open(disk, WalOptions::new(healthy)).unwrap();
+    // A peer that has run for a while does not prepare its next segment just now.
+    while !peer.handle().room().spare_ready {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let begun = Instant::now();
     let OpenStep::AskPeers(pending) = WalStore::begin_open(RealDisk::new(), WalOptions::new(own)).unwrap() else {
         panic!("the damage was not noticed")

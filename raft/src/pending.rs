@@ -192,7 +192,10 @@ impl PendingLog {
         };
         let vote = |proof| Vote::Copy { proof, term: copy.term, committed: copy.committed };
         let fits = copy.index == question.index && copy.kind().is_some_and(|kind| is_well_formed(kind, &copy.payload));
-        if !fits {
+        // The checksum of a payload does not cover its kind; an intact header says that too.
+        let known = self.looked.log.bad(question.index).and_then(|bad| bad.found.known);
+        let is_of_another_kind = known.and_then(|known| known.kind).is_some_and(|kind| Some(kind) != copy.kind());
+        if !fits || is_of_another_kind {
             return Vote::Unknown;
         }
         match (question.term, question.payload_crc) {

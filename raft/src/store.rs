@@ -2,8 +2,9 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Condvar, Mutex, PoisonError, mpsc},
     thread::JoinHandle,
+    time::Duration,
 };
 
 use openraft::{
@@ -31,12 +32,41 @@ use crate::{
 /// largest entry would block it for ever.
 pub(crate) const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
 
+/// A disk that takes longer than this for the last sync and for letting go of the spare hangs.
+pub const CLOSE_MAX: Duration = Duration::from_secs(10);
+
 pub(crate) struct Inner {
     pub(crate) shared: Arc<Shared>,
     pub(crate) jobs: mpsc::Sender<Job>,
     /// Bounds the queue: an append takes as many permits as it has bytes.
     pub(crate) in_flight: Arc<Semaphore>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    ended: Arc<Ended>,
+}
+
+/// Whether the log's threads have let go of the disk and of the folder.
+#[derive(Default)]
+struct Ended {
+    is_so: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Ended {
+    fn wait(&self, limit: Duration) -> bool {
+        let is_so = self.is_so.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(is_so, limit, |is_so| !*is_so);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// Says so however the thread ends.
+struct Ending(Arc<Ended>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        *self.0.is_so.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.changed.notify_all();
+    }
 }
 
 /// The log, as openraft wants it. Clones share it.
@@ -92,15 +122,22 @@ pub(crate) fn start(step: pending::Step, disk: Arc<dyn Disk>, options: WalOption
     let writer = Writer::new(options.clone(), disk, Arc::clone(&shared), hard, tail, last_crc, lock)
         .map_err(failed("start the log in"))?;
     let (jobs, inbox) = mpsc::channel();
+    let ended = Arc::new(Ended::default());
+    let ending = Ending(Arc::clone(&ended));
     let thread = std::thread::Builder::new()
         .name("wal-writer".into())
-        .spawn(move || writer.run(&inbox))
+        .spawn(move || {
+            // Behind the writer, which lets go of the folder last of all.
+            let _ending = ending;
+            writer.run(&inbox);
+        })
         .map_err(failed("start the writer of"))?;
     let inner = Inner {
         shared,
         jobs,
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX)),
         thread: Mutex::new(Some(thread)),
+        ended,
     };
     Ok(OpenStep::Ready(WalStore { inner: Arc::new(inner) }, report))
 }
@@ -216,17 +253,35 @@ impl WalHandle {
         self.inner.shared.index().bytes_from(index)
     }
 
-    /// Flushes, marks and ends the writer, and gives the folder back. Blocks for as long as that takes.
+    /// Flushes, marks and ends the writer, and gives the folder back. Blocks for as long as that takes, but no longer
+    /// than [`CLOSE_MAX`]: on a disk that hangs the log then latches, and its folder remains locked until the disk
+    /// lets go ([`WalHandle::wait_ended`]). What was acknowledged was durable before.
     pub fn close(&self) -> Result<(), Latched> {
+        self.close_within(CLOSE_MAX)
+    }
+
+    /// The same with another limit.
+    pub fn close_within(&self, limit: Duration) -> Result<(), Latched> {
         let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(thread) = thread else { return self.latched().map_or(Ok(()), Err) };
-        // A writer that waits for room would keep this waiting too.
+        // A writer that waits for room would keep this waiting too, and so would a spare that nobody will need.
         self.inner.shared.spare.hurry();
         let (reply, mut answer) = oneshot::channel();
         self.inner.jobs.send(Job::Close(reply)).map_err(|_| writer_gone())?;
+        if !self.inner.ended.wait(limit) {
+            let hangs = self.io_in_flight().map(|io| format!("{} {} does not return", io.operation, io.file));
+            let why = hangs.unwrap_or_else(|| "its threads do not end".to_owned());
+            self.latch("close", "the log", &why);
+            return Err(self.latched().unwrap_or_else(writer_gone));
+        }
         thread.join().map_err(|_| writer_gone())?;
         // The thread answers before it ends.
         answer.try_recv().map_err(|_| writer_gone())?
+    }
+
+    /// Whether nothing of the log touches its folder any more; waits so long for it. Blocking.
+    pub fn wait_ended(&self, limit: Duration) -> bool {
+        self.inner.ended.wait(limit)
     }
 }
 

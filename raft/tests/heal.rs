@@ -97,6 +97,10 @@ async fn the_scrubber_finds_each_damage_and_a_copy_repairs_it() {
                 handle.repair_entry(index, EntryCopy { term: 9, ..copy_of(index) }).await,
                 Err(RepairError::OtherEntry(index))
             );
+            if what != "frame header" {
+                let other = EntryCopy { kind: EntryKind::Membership.to_byte(), ..copy_of(index) };
+                assert_eq!(handle.repair_entry(index, other).await, Err(RepairError::OtherEntry(index)));
+            }
             assert_eq!(sim.operations(), operations);
             handle.repair_entry(index, copy_of(index)).await.unwrap();
             assert_eq!(handle.verify_segment(1).unwrap().damage, []);

@@ -49,6 +49,9 @@ const STATE_GONE_MAX: Duration = Duration::from_secs(10);
 /// How long all of that may take. A disk that hangs gives nothing back, and the process has to end all the same.
 const CLOSE_MAX: Duration = Duration::from_secs(15);
 
+/// How often a node that is to be rebuilt looks whether it was told to stop while its disk hangs.
+const LET_GO_LOOK: Duration = Duration::from_millis(500);
+
 /// The node as a process.
 pub struct Process {
     /// The configuration.
@@ -193,6 +196,13 @@ impl Process {
         }
         shared.core_stop.cancel();
         close_core(shared).await;
+        // A disk that hangs lets go when it does; until then nobody may move its files.
+        while let Some(wal) = shared.wal().cloned() {
+            let ended = tokio::task::spawn_blocking(move || wal.wait_ended(LET_GO_LOOK)).await;
+            if self.stop.is_cancelled() || ended.unwrap_or(true) {
+                break;
+            }
+        }
     }
 
     /// Starts the next incarnation from what is in the folder now. The one before must be retired; it answers
@@ -217,8 +227,8 @@ impl Process {
             shared.vital.finished().await;
             shared.forwarders.close();
             shared.peers.close();
-            let closed = close_core(&shared);
-            if tokio::time::timeout(CLOSE_MAX, closed).await.is_err() {
+            let closed = tokio::time::timeout(CLOSE_MAX, close_core(&shared)).await;
+            if closed.is_err() || shared.wal().is_some_and(|wal| !wal.wait_ended(Duration::ZERO)) {
                 tracing::warn!("stopped, and the disk still holds what was begun on it");
                 // A thread that is stuck may yet write: the folder is free when the process is gone.
                 std::mem::forget(lock);

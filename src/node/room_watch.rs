@@ -46,6 +46,10 @@ const MOVE_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// What got no room although the free space would allow it.
 pub fn blocked(shared: &Shared) -> Option<String> {
+    // A quota holds the log back too, and so does whatever else the numbers do not show.
+    if let Some(why) = shared.wal().and_then(|wal| wal.room().refuse_clients().map(str::to_owned)) {
+        return Some(format!("the log waits for room for its next segment ({why})"));
+    }
     let engine = shared.core.get()?.state.engine();
     let waits = engine.stats().is_ok_and(|stats| stats.disk_full);
     waits.then(|| "the tree waits for room to write its memory to the disk".to_owned())

@@ -46,12 +46,19 @@ impl Writer {
         let Some(kind) = copy.kind() else {
             return Err(RepairError::OtherEntry(copy.index));
         };
-        if is_sound(&site) {
-            // Several readers met the damage, and one of them was first.
-            return Ok(());
-        }
         let OnDisk { file, segment: name, identity, located, .. } = &site.on_disk;
-        let mut frame = self.header_of(&site, kind).to_vec();
+        let header = {
+            let _seen = self.shared.io_times.enter("read", name, false);
+            if is_sound(&site) {
+                // Several readers met the damage, and one of them was first.
+                return Ok(());
+            }
+            if header_at(&site).is_some_and(|(header, _)| header.kind != kind) {
+                return Err(RepairError::OtherEntry(copy.index));
+            }
+            self.header_of(&site, kind)
+        };
+        let mut frame = header.to_vec();
         frame.extend_from_slice(&copy.payload);
         let row = row_of(copy.index, located).encode(*identity);
         self.write_again(file, name, &[(u64::from(located.offset), &frame), (site.row_at, &row)])?;
@@ -82,13 +89,15 @@ impl Writer {
     /// what it took has failed.
     fn write_again(&self, file: &Arc<dyn DiskFile>, name: &str, pieces: &[(u64, &[u8])]) -> Step {
         let file: Arc<dyn DiskFile> = Arc::new(self.disk.file(Arc::clone(file), name));
-        let write = || {
+        let read = || {
+            let _seen = self.shared.io_times.enter("read", name, false);
             let mut patch = Patch::new(Arc::clone(&file), &unreadable_blocks(&*file, pieces)?);
             pieces.iter().try_for_each(|(at, bytes)| patch.put(*at, bytes))?;
-            patch.write()?;
             Ok(patch)
         };
-        let patch = write().map_err(|e| self.failed_on("repair", name, &e))?;
+        let patch = read().map_err(|e| self.failed_on("repair", name, &e))?;
+        patch.write().map_err(|e| self.failed_on("repair", name, &e))?;
+        let _seen = self.shared.io_times.enter("read", name, false);
         patch.verify().map_err(|e| self.failed_on("verify the repair of", name, &e))
     }
 
@@ -120,14 +129,11 @@ impl Writer {
     /// The header's bytes: those that are there when they verify, else made anew so that the frame behind still
     /// continues this one.
     fn header_of(&self, site: &Site, kind: EntryKind) -> [u8; FRAME_HEADER_BYTES] {
-        let OnDisk { file, identity, located, index, .. } = &site.on_disk;
-        let (identity, bytes) = (*identity, frame_header(&**file, located.offset));
-        if let Ok((header, _)) = FrameHeader::decode(&bytes, identity)
-            && (header.index, header.term) == (*index, located.term)
-            && (header.kind, header.payload_crc) == (kind, located.payload_crc)
-        {
+        if let Some((_, bytes)) = header_at(site) {
             return bytes;
         }
+        let OnDisk { file, identity, located, index, .. } = &site.on_disk;
+        let identity = *identity;
         let before = match site.before {
             Some(before) => FrameHeader::decode(&frame_header(&**file, before.offset), identity).ok(),
             None => None,
@@ -198,6 +204,15 @@ fn unreadable_blocks(file: &dyn DiskFile, pieces: &[(u64, &[u8])]) -> io::Result
         }
     }
     Ok(zeros)
+}
+
+/// The header of the entry, when it verifies, and its bytes. Then only the payload, or the row, is damaged.
+fn header_at(site: &Site) -> Option<(FrameHeader, [u8; FRAME_HEADER_BYTES])> {
+    let OnDisk { file, identity, located, index, .. } = &site.on_disk;
+    let bytes = frame_header(&**file, located.offset);
+    let (header, _) = FrameHeader::decode(&bytes, *identity).ok()?;
+    let is_its = (header.index, header.term, header.payload_crc) == (*index, located.term, located.payload_crc);
+    is_its.then_some((header, bytes))
 }
 
 /// The bytes where a frame's header should be; zeros where they cannot be read.

@@ -148,6 +148,7 @@ pub struct LocalCluster {
     program: PathBuf,
     plan: Vec<NodePlan>,
     children: Vec<Option<Running>>,
+    env: Vec<(&'static str, &'static str)>,
 }
 
 struct Running {
@@ -189,7 +190,12 @@ impl LocalCluster {
             local_config::write_or_compare(node, &plan)?;
         }
         let children = plan.iter().map(|_| None).collect();
-        Ok(Self { program, plan, children })
+        Ok(Self { program, plan, children, env: Vec::new() })
+    }
+
+    /// Sets a variable of the environment of every process that is started from now on.
+    pub fn set_env(&mut self, name: &'static str, value: &'static str) {
+        self.env.push((name, value));
     }
 
     /// The plan.
@@ -228,6 +234,7 @@ impl LocalCluster {
         for name in ENV_OF_ONE_NODE {
             command.env_remove(name);
         }
+        command.envs(self.env.iter().copied());
         let mut child = command.spawn().map_err(|error| failed("start its process", error))?;
         // Taken out of the child: `Child::wait` would close it, and the node would stop.
         let alive = child.stdin.take();

@@ -2,3 +2,4 @@
 //! step. Runners in `node` carry the steps out.
 
 pub mod rebuild;
+pub mod tree;

@@ -13,6 +13,7 @@ pub(super) struct RebuildMetrics {
     bytes_total: IntGauge,
     entries_behind: IntGauge,
     finished: IntCounter,
+    tree_replaced: IntCounter,
 }
 
 /// A rebuild at one moment.
@@ -44,6 +45,10 @@ impl RebuildMetrics {
             entries_behind: register
                 .gauge("stemedb_rebuild_entries_behind", "Entries of the leader's log that the rebuilt node lacks."),
             finished: register.counter("stemedb_rebuild_finished_total", "Rebuilds of this node that were finished."),
+            tree_replaced: register.counter(
+                "stemedb_tree_replaced_total",
+                "Damaged trees that were replaced by a checkpoint of another node.",
+            ),
         }
     }
 }
@@ -56,6 +61,11 @@ impl Metrics {
         self.rebuild.bytes_done.set(gauge(figures.bytes_done));
         self.rebuild.bytes_total.set(gauge(figures.bytes_total));
         self.rebuild.entries_behind.set(gauge(figures.entries_behind));
+    }
+
+    /// Its damaged tree was replaced.
+    pub fn tree_replaced(&self) {
+        self.rebuild.tree_replaced.inc();
     }
 
     /// This node was rebuilt.

@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use stemedb_raft::io_times::IoTimes;
 use tokio::sync::watch;
 
 use super::files::{self, FileError};
@@ -27,6 +28,7 @@ pub struct SeenBoots {
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
+    io_times: Arc<IoTimes>,
     table: Mutex<Table>,
     /// The version of the table that is durable, or why saving failed.
     saved: watch::Sender<Result<u64, String>>,
@@ -55,8 +57,8 @@ pub struct StaleBoot {
 }
 
 impl SeenBoots {
-    /// Reads the file.
-    pub fn open(data_dir: &Path) -> Result<SeenBoots, FileError> {
+    /// Reads the file. `io_times`: where its writes are noted.
+    pub fn open(data_dir: &Path, io_times: Arc<IoTimes>) -> Result<SeenBoots, FileError> {
         let path = data_dir.join(FILE);
         let damaged = |line: &str| FileError::Damaged { path: path.clone(), why: format!("line {line:?}") };
         let mut highest = BTreeMap::new();
@@ -67,7 +69,7 @@ impl SeenBoots {
         }
         let (saved, _) = watch::channel(Ok(0));
         Ok(SeenBoots {
-            inner: Arc::new(Inner { path, table: Mutex::new(Table { highest, ..Table::default() }), saved }),
+            inner: Arc::new(Inner { path, io_times, table: Mutex::new(Table { highest, ..Table::default() }), saved }),
         })
     }
 
@@ -127,6 +129,7 @@ impl Inner {
                 let lines: String = table.highest.iter().map(|(id, boot)| format!("{id} {boot}\n")).collect();
                 (lines, table.version)
             };
+            let _busy = self.io_times.enter("write", FILE, false);
             let result = files::replace(&self.path, &lines).map(|()| version).map_err(|e| e.to_string());
             if let Err(why) = &result {
                 tracing::error!("storage write error: boot counts of the other nodes were not saved: {why}");
@@ -145,13 +148,13 @@ mod tests {
     #[tokio::test]
     async fn a_lower_boot_count_is_rejected_also_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let seen = SeenBoots::open(dir.path()).unwrap();
+        let seen = SeenBoots::open(dir.path(), Arc::default()).unwrap();
         let version = seen.observe(2, 7).unwrap();
         seen.wait_saved(version).await.unwrap();
         assert!(seen.is_saved(version));
         assert_eq!(seen.observe(2, 6), Err(StaleBoot { node_id: 2, boot: 6, highest: 7 }));
         drop(seen);
-        let again = SeenBoots::open(dir.path()).unwrap();
+        let again = SeenBoots::open(dir.path(), Arc::default()).unwrap();
         assert!(again.observe(2, 6).is_err());
         let known = again.observe(2, 7).unwrap();
         assert!(again.is_saved(known));
@@ -163,7 +166,7 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_saved_is_said() {
         let dir = tempfile::tempdir().unwrap();
-        let seen = SeenBoots::open(&dir.path().join("absent")).unwrap();
+        let seen = SeenBoots::open(&dir.path().join("absent"), Arc::default()).unwrap();
         let version = seen.observe(2, 1).unwrap();
         assert!(seen.wait_saved(version).await.is_err());
     }

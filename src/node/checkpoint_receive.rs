@@ -2,7 +2,8 @@
 //!
 //! There is one transfer at a time. A new one by the same or a later leader takes the place of the
 //! one before; pieces of an older transfer are refused. Nothing counts before every file was compared
-//! with its hash, and the state in use is untouched until Raft installs the whole.
+//! with its hash, and the state in use is untouched until Raft installs the whole. A write or sync that fails meanwhile
+//! is the failure of this node's disk.
 
 use std::{
     path::PathBuf,
@@ -17,10 +18,16 @@ use stemedb_raft::types::{TypeConfig, Vote};
 use super::{
     checkpoint_send::{CheckpointAccepted, CheckpointChunk, CheckpointInstall, CheckpointOpen},
     core::Shared,
+    disk::DiskState,
     messages::{pack, unpack},
+    rebuild::fail_point,
     rpc_server::{FAILED, REFUSED_BEFORE_EFFECT},
 };
-use crate::state::engine::{checkpoint::Checkpoint, receive::CheckpointReceiver};
+use crate::state::engine::{
+    EngineError,
+    checkpoint::Checkpoint,
+    receive::{CheckpointReceiver, is_failed_disk},
+};
 
 struct Transfer {
     session: u64,
@@ -46,6 +53,27 @@ fn failed(why: impl ToString) -> Refusal {
     Refusal::new(FAILED, why.to_string())
 }
 
+/// Nothing is written any more on a disk that has failed, nor while the folder's content changes hands.
+fn may_receive(shared: &Shared) -> Result<(), Refusal> {
+    match (shared.silenced(), shared.core.get()) {
+        (Some(why), _) => Err(refused(format!("this node takes no checkpoint: {why}"))),
+        (None, None) => Err(refused("this node is still starting")),
+        (None, Some(_)) => Ok(()),
+    }
+}
+
+/// A disk that has failed under a received checkpoint has failed for all: the second sync of a file may lie, and there
+/// is only one disk.
+fn suffer(shared: &Shared, error: &EngineError) {
+    if !is_failed_disk(error) {
+        return;
+    }
+    match shared.core.get() {
+        Some(core) => core.state.suffer(error),
+        None => shared.disk.set(DiskState::Failed, error.to_string()),
+    }
+}
+
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
     tokio::task::spawn_blocking(work).await.map_err(failed)
 }
@@ -61,8 +89,9 @@ impl CheckpointInbox {
     }
 
     /// Handles `Kind::CheckpointOpen`.
-    pub async fn open(self: Arc<Self>, body: Bytes) -> Result<Bytes, Refusal> {
+    pub async fn open(self: Arc<Self>, shared: Arc<Shared>, body: Bytes) -> Result<Bytes, Refusal> {
         let CheckpointOpen { vote, meta, manifest } = unpack(&body).map_err(refused)?;
+        may_receive(&shared)?;
         let mut sessions = self.folder.lock().await;
         if let Some(transfer) = &*self.current()
             && vote < transfer.vote
@@ -70,7 +99,12 @@ impl CheckpointInbox {
             return Err(refused(format!("a checkpoint of {} is being received", transfer.vote)));
         }
         let data_dir = self.data_dir.clone();
-        let receiver = blocking(move || CheckpointReceiver::begin(&data_dir, &manifest)).await?.map_err(refused)?;
+        let fail_point = fail_point::of_folder(&data_dir);
+        let begin = move || CheckpointReceiver::begin_with(&data_dir, &manifest, Some(fail_point));
+        let receiver = blocking(begin).await?.map_err(|error| {
+            suffer(&shared, &error);
+            refused(error)
+        })?;
         tracing::info!(
             total_bytes = receiver.announced().total_bytes(),
             covers = ?meta.last_log_id,
@@ -91,11 +125,15 @@ impl CheckpointInbox {
     }
 
     /// Handles `Kind::CheckpointChunk`.
-    pub async fn chunk(self: Arc<Self>, body: Bytes) -> Result<Bytes, Refusal> {
+    pub async fn chunk(self: Arc<Self>, shared: Arc<Shared>, body: Bytes) -> Result<Bytes, Refusal> {
         let CheckpointChunk { session, file, offset, bytes } = unpack(&body).map_err(refused)?;
+        may_receive(&shared)?;
         let receiver = self.receiver_of(session)?;
         let write = move || match &mut *receiver.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(receiver) => receiver.write(&file, offset, &bytes).map_err(failed),
+            Some(receiver) => receiver.write(&file, offset, &bytes).map_err(|error| {
+                suffer(&shared, &error);
+                failed(error)
+            }),
             None => Err(refused("this transfer is being installed")),
         };
         blocking(write).await??;
@@ -110,13 +148,18 @@ impl CheckpointInbox {
 
     async fn install_session(self: Arc<Self>, shared: Arc<Shared>, session: u64) -> Result<Bytes, Refusal> {
         let _folder = Arc::clone(&self.folder).lock_owned().await;
+        may_receive(&shared)?;
         let Some(transfer) = self.current().take_if(|t| t.session == session) else {
             return Err(refused("this transfer has ended"));
         };
         let receiver = transfer.receiver;
+        let suffering = Arc::clone(&shared);
         let finish = move || {
             let receiver = receiver.lock().unwrap_or_else(PoisonError::into_inner).take();
-            receiver.ok_or_else(|| refused("this transfer is being installed"))?.finish().map_err(failed)
+            receiver.ok_or_else(|| refused("this transfer is being installed"))?.finish().map_err(|error| {
+                suffer(&suffering, &error);
+                failed(error)
+            })
         };
         let checkpoint: Checkpoint = blocking(finish).await??;
         let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;

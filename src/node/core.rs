@@ -14,6 +14,7 @@ use openraft::{Raft, RaftMetrics, async_runtime::WatchReceiver};
 use stemedb_net::LocalIdentity;
 use stemedb_raft::{
     EntrySource, WalHandle,
+    io_times::IoTimes,
     types::{StoredMembership, TypeConfig},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -188,6 +189,8 @@ pub struct Shared {
     pub freshness: Mutex<Freshness>,
     /// State of the disk.
     pub disk: DiskWatch,
+    /// What the disk is busy with; one for a process.
+    pub io_times: Arc<IoTimes>,
     /// How much room there is in the data folder.
     pub space: SpaceWatch,
     /// What this node, when it leads, takes from clients.
@@ -237,8 +240,11 @@ impl Shared {
         if let Some(why) = self.retired.get() {
             return Some(why.clone());
         }
-        if let Some(need) = &*self.need.borrow() {
-            return Some(need.why().to_owned());
+        match &*self.need.borrow() {
+            // With a damaged tree log and vote go on, and so does the core, if there is one.
+            Some(Need::Tree(_)) if self.core.get().is_some() => {}
+            Some(need) => return Some(need.why().to_owned()),
+            None => {}
         }
         if let Some(latched) = self.wal().and_then(WalHandle::latched) {
             return Some(latched.to_string());
@@ -254,7 +260,16 @@ impl Shared {
         let leaving = self.leaving.load(Ordering::Relaxed).then(|| "this node is about to stop".to_owned());
         // A full disk is no reason: where all are full, reads need a leader all the same; and a transfer that is
         // refused leaves the cluster without a leader until the next election.
-        leaving.or_else(|| self.silenced()).or_else(|| self.vital.ended())
+        let damaged = || self.tree_damage().map(|why| format!("its tree is damaged: {why}"));
+        leaving.or_else(|| self.silenced()).or_else(damaged).or_else(|| self.vital.ended())
+    }
+
+    /// What is damaged in the tree, once that is known and until it was replaced.
+    pub fn tree_damage(&self) -> Option<String> {
+        match &*self.need.borrow() {
+            Some(Need::Tree(why)) => Some(why.clone()),
+            _ => None,
+        }
     }
 
     /// Log time now, by this node's estimate.

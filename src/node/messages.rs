@@ -150,6 +150,8 @@ pub struct StatusReply {
     pub room: RoomReport,
     /// Why it would not take leadership over, if so.
     pub may_not_lead: Option<String>,
+    /// What is damaged in its tree, while that is so: no checkpoint is to be had there.
+    pub damaged: Option<String>,
     /// 99th percentile of its log's syncs of the last seconds, milliseconds; `None` when there were none.
     pub fsync_p99_ms: Option<u64>,
     /// The members of the cluster as it knows them; `None` when it knows none.

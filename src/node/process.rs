@@ -85,7 +85,7 @@ impl Process {
     /// Takes the folder, binds the peer port and starts the first incarnation.
     pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Process>, StartError> {
         let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
-        let boots = SeenBoots::open(&config.node.data_dir)?;
+        let boots = SeenBoots::open(&config.node.data_dir, Arc::clone(&ground.io_times))?;
         let journal = Journal::load(&config.node.data_dir)?;
         let listener = match ground.peer_listener {
             Some(listener) => listener,

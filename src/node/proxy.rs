@@ -227,6 +227,7 @@ mod tests {
             version: "0".into(),
             replication: None,
             may_not_lead: None,
+            damaged: None,
             fsync_p99_ms: None,
             membership: None,
             room: Default::default(),

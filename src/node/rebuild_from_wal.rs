@@ -228,5 +228,5 @@ fn check_reach(log: &WalStore, from: Option<LogId>, node: &str) -> Result<(), Re
     }
     let at_checkpoint = from.and_then(|id| log.reader().log_id_at(id.index));
     let extent = replace::LogExtent { purged, last: handle.last_log_id(), at_checkpoint };
-    replace::allowed(from, extent).map_err(|why| RebuildError::NotOfOneHistory { why, node })
+    replace::allowed(from, extent).map_err(|why| RebuildError::NotOfOneHistory { why: why.to_string(), node })
 }

@@ -43,7 +43,7 @@ use super::{
     raft_settings::raft_config,
     read,
     read_index::{self, Rounds},
-    rebuild::{self, Need, journal::Journal},
+    rebuild::{self, Need, fail_point, journal::Journal, tree_watch},
     repair::{self, Begun},
     room_watch, slow,
     space::{RealSpace, SpaceProbe},
@@ -56,7 +56,7 @@ use crate::{
     metrics::Metrics,
     state::{
         apply::KeyLimits,
-        engine::lsm::LsmOptions,
+        engine::{EngineError, lsm::LsmOptions},
         machine::{MachineOptions, StateMachine},
     },
 };
@@ -143,13 +143,13 @@ pub async fn incarnate(process: &Arc<Process>, early: impl FnOnce(&Arc<Shared>))
     shared.vital.spawn("the task that follows the free space", room_watch::follow_own(Arc::clone(&shared)));
     let brought_up = bring_up(process, &shared, assigned).await;
     if let Err(error) = brought_up {
-        if let Some(why) = lost(&error).filter(|_| may_rebuild(&process.config, &process.peers)) {
+        if let Some(why) = lost(&error).filter(|need| may_cure(&process.config, &process.peers, need)) {
             needs_rebuild(&shared, why);
             return Ok(shared);
         }
         shared.stop.cancel();
         shared.vital.finished().await;
-        return Err(error);
+        return Err(tree_watch::refusal(error));
     }
     Ok(shared)
 }
@@ -193,10 +193,21 @@ fn may_rebuild(config: &Config, peers: &[PeerEntry]) -> bool {
     config.cluster.auto_rebuild && peers.len() >= 3
 }
 
+/// A tree alone needs one other node and no quorum.
+fn may_cure(config: &Config, peers: &[PeerEntry], need: &Need) -> bool {
+    match need {
+        Need::Node(_) => may_rebuild(config, peers),
+        Need::Tree(_) => config.cluster.auto_rebuild && peers.len() >= 2,
+    }
+}
+
 /// Whether an error of the start says that parts of the folder are lost for good.
 fn lost(error: &StartError) -> Option<Need> {
     match error {
         StartError::Lost(why) => Some(Need::Node(why.clone())),
+        StartError::TreeLost(why) => Some(Need::Tree(why.clone())),
+        // The log is open and sound by then.
+        StartError::State(error) if error.is_damage() => Some(Need::Tree(error.to_string())),
         _ => None,
     }
 }
@@ -218,7 +229,7 @@ async fn bring_up(
             }
             // A log that has lost entries had some: nobody may take this node for an empty one meanwhile.
             shared.log_was_used.store(true, Ordering::Relaxed);
-            let rebuilds = may_rebuild(&process.config, &process.peers);
+            let (config, peers) = (Arc::clone(&process.config), process.peers.clone());
             let (shared, stop) = (Arc::clone(shared), shared.core_stop.clone());
             shared.clone().vital.spawn("the repair of the log", async move {
                 let repairing = async {
@@ -226,9 +237,9 @@ async fn bring_up(
                     go_on(ready, log).await
                 };
                 let Some(Err(error)) = stop.run_until_cancelled(repairing).await else { return };
-                match lost(&error).filter(|_| rebuilds) {
+                match lost(&error).filter(|need| may_cure(&config, &peers, need)) {
                     Some(need) => needs_rebuild(&shared, need),
-                    None => shared.vital.end(error.to_string()),
+                    None => shared.vital.end(tree_watch::refusal(error).to_string()),
                 }
             });
             Ok(())
@@ -350,6 +361,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         view: watch::Sender::default(),
         freshness: Default::default(),
         disk: DiskWatch::default(),
+        io_times: Arc::clone(&process.io_times),
         space: process.space.clone(),
         admission: watch::Sender::default(),
         caught_up: watch::Sender::new(false),
@@ -416,7 +428,13 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let Parts { shared, log, restore } = parts;
     let own_id = shared.local.load().node_id;
     let options = machine_options(&shared, log.handle());
-    let machine = blocking(move || StateMachine::open(options, restore)).await??;
+    let open = move || {
+        let (data_dir, board) = (options.data_dir.clone(), options.lsm.damage.clone());
+        let machine = StateMachine::open(options, restore)?;
+        tree_watch::recall(&data_dir, machine.handle().engine().dir(), &board);
+        Ok::<_, EngineError>(machine)
+    };
+    let machine = blocking(open).await??;
     let state = machine.handle();
     check_log_covers(&log.handle(), &state)?;
     let settings = Arc::new(raft_config(&shared.config)?);
@@ -447,6 +465,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
+    vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
@@ -468,6 +487,8 @@ fn machine_options(shared: &Shared, wal: WalHandle) -> MachineOptions {
             Box::pin(async move { wal.wait_flushed(log_index).await.map_err(|e| e.to_string()) })
         })),
         observer: Arc::<Metrics>::clone(&shared.metrics),
+        io_times: Arc::clone(&shared.io_times),
+        fail_point: cfg!(debug_assertions).then(|| fail_point::of_folder(&shared.config.node.data_dir)),
         ..LsmOptions::default()
     };
     MachineOptions { data_dir: shared.config.node.data_dir.clone(), lsm }
@@ -481,15 +502,14 @@ fn check_log_covers(wal: &WalHandle, state: &crate::state::machine::StateHandle)
     let checkpoint = state.checkpoint().and_then(|c| c.applied().log_id);
     let purged = wal.purged();
     if purged > applied.max(checkpoint) {
-        return Err(StartError::Refused(format!(
-            "the log begins after {purged:?}, and the state has applied {applied:?}: entries between them are missing here. \
-             Keep the folder, and replace this node by a new member with an empty data folder"
+        return Err(StartError::TreeLost(format!(
+            "the log begins after {purged:?}, and the state has applied {applied:?}: entries between them are missing here"
         )));
     }
     if applied > log_end && applied > checkpoint {
-        return Err(StartError::Refused(format!(
-            "the state has applied {applied:?}, and the log ends with {log_end:?}: the log has lost entries. Keep the folder, \
-             and replace this node by a new member with an empty data folder"
+        return Err(StartError::Lost(format!(
+            "the state has applied {applied:?}, and the log ends with {log_end:?}: the log has lost entries. This node \
+             must be rebuilt from a replica"
         )));
     }
     Ok(())

@@ -44,6 +44,9 @@ pub enum StartError {
     /// Parts of the folder are missing that nothing here can bring back.
     #[error("{0}")]
     Lost(String),
+    /// The state has lost entries that the log does not hold any more.
+    #[error("{0}: the tree must be made anew from a replica")]
+    TreeLost(String),
     /// The state could not be opened.
     #[error("{0}")]
     State(#[from] EngineError),

@@ -43,7 +43,8 @@ pub struct Health {
     pub applied_index: u64,
     /// The disk.
     pub disk: DiskHealth,
-    /// What the log waits for while it is being repaired from the other nodes.
+    /// What the log waits for while it is being repaired from the other nodes, or what is damaged in the tree while it
+    /// is being replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repairing: Option<String>,
     /// Version of the program.
@@ -108,8 +109,10 @@ pub fn role_of(state: ServerState) -> Role {
 pub fn health(shared: &Shared) -> Health {
     let view = shared.view.borrow().clone();
     let disk = shared.disk.health();
+    let damaged = shared.tree_damage();
     let status = match () {
         () if shared.stop.is_cancelled() => "stopping",
+        () if damaged.is_some() && shared.vital.ended().is_none() => "repairing",
         () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
         () if is_stopping(shared) => "stopping",
         () if shared.vital.ended().is_some() => "failed",
@@ -127,7 +130,11 @@ pub fn health(shared: &Shared) -> Health {
         leader: view.leader.map(|l| l.name),
         applied_index: shared.core.get().map_or(0, |core| core.published().fact_index),
         disk,
-        repairing: shared.repairing.borrow().clone(),
+        repairing: shared
+            .repairing
+            .borrow()
+            .clone()
+            .or(damaged.map(|why| format!("the tree is being replaced: {why}"))),
         version: VERSION.into(),
     }
 }
@@ -149,6 +156,7 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         disk: shared.disk.health(),
         version: VERSION.into(),
         may_not_lead: shared.may_not_lead(),
+        damaged: shared.tree_damage(),
         fsync_p99_ms: shared.wal().and_then(WalHandle::fsync_p99_ms).map(whole_ms),
         membership: Some((*view.membership).clone()).filter(|m| m.log_id().is_some()),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),

@@ -63,6 +63,10 @@ pub async fn run(shared: Arc<Shared>) {
         let is_full = shared.space.report().borrow().level != Level::Room;
         // Whole segments go, so that less than one is not worth a checkpoint.
         let retain_bytes = if is_full { segment_bytes.min(retain_bytes) } else { retain_bytes };
+        // Nothing is purged behind a tree that does not have it any more.
+        if shared.tree_damage().is_some() {
+            continue;
+        }
         if upkeep.next(wal.bytes_since_purge(), retain_bytes) == Todo::Nothing {
             continue;
         }

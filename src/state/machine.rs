@@ -487,6 +487,16 @@ pub fn install_fresh(data_dir: &std::path::Path) -> Result<(), EngineError> {
     checkpoint.link_into(&store.active(), false)
 }
 
+/// Blocking. Puts a complete checkpoint, which was verified, on the shelf of a node whose state is closed, as the newest
+/// one. `None`: the newest one there reaches further, and nothing was changed.
+pub fn shelve(data_dir: &std::path::Path, checkpoint: Checkpoint) -> Result<Option<Checkpoint>, EngineError> {
+    let shelf = Shelf::open(data_dir)?;
+    if shelf.newest().is_some_and(|newest| newest.applied().log_id > checkpoint.applied().log_id) {
+        return Ok(None);
+    }
+    shelf.adopt(checkpoint).map(Some)
+}
+
 fn to_snapshot(checkpoint: Checkpoint) -> SnapshotOf<TypeConfig, Checkpoint> {
     let applied = checkpoint.applied();
     SnapshotOf::<TypeConfig, Checkpoint> {

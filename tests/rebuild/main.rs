@@ -2,7 +2,9 @@
 //! and a simulated disk under each log.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stderr)]
 
+mod lost;
 mod support;
+mod tree;
 
 use std::sync::Arc;
 

@@ -23,7 +23,7 @@ pub struct Cluster {
     /// Under the log of each node.
     pub disks: Vec<SimDisk>,
     /// Changes the configuration of every node.
-    tune: fn(&mut Config),
+    pub tune: fn(&mut Config),
 }
 
 impl Cluster {
@@ -94,8 +94,13 @@ impl Cluster {
     }
 
     pub async fn restart(&mut self, i: usize) {
+        self.try_restart(i).await.unwrap();
+    }
+
+    pub async fn try_restart(&mut self, i: usize) -> Result<(), StartError> {
         let listener = TcpListener::bind(&self.peers[i].addr).await.unwrap();
-        self.nodes[i] = Some(self.start(i, listener).await.unwrap());
+        self.nodes[i] = Some(self.start(i, listener).await?);
+        Ok(())
     }
 
     /// Waits until `condition` holds.

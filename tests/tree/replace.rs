@@ -38,7 +38,7 @@ async fn the_tree_comes_from_the_newest_checkpoint_and_the_old_one_is_kept() {
     damaged(dir.path()).await;
     let old_tables = tables(dir.path()).len();
     let newest = newest_checkpoint(dir.path()).unwrap();
-    let old = replace(dir.path(), &newest, 1_234, 0, &None).unwrap().unwrap();
+    let old = replace(dir.path(), &newest, 1_234, Some(0), &None).unwrap().unwrap();
     assert_eq!(dir.path().join("quarantine/1234-kv"), old);
     assert_eq!(old_tables, fs::read_dir(old.join("g1/tables")).unwrap().count());
     assert!(tree(dir.path()).ends_with("g2"), "no path means two trees");
@@ -48,7 +48,7 @@ async fn the_tree_comes_from_the_newest_checkpoint_and_the_old_one_is_kept() {
     assert!(listed[0].bytes > 0 && listed[0].what == "kv");
     // And again: the next one has another name and number.
     let newest = newest_checkpoint(dir.path()).unwrap();
-    replace(dir.path(), &newest, 1_234, 0, &None).unwrap();
+    replace(dir.path(), &newest, 1_234, Some(0), &None).unwrap();
     assert_eq!(2, quarantine::list(dir.path(), None).unwrap().len());
     goes_on(dir.path(), 299).await;
 }
@@ -60,7 +60,7 @@ async fn stopped_after_any_step_it_recovers() {
             let dir = tempfile::tempdir().unwrap();
             damaged(dir.path()).await;
             let newest = newest_checkpoint(dir.path()).unwrap();
-            let stopped = replace(dir.path(), &newest, 50, 0, &stop_at(step));
+            let stopped = replace(dir.path(), &newest, 50, Some(0), &stop_at(step));
             assert!(stopped.is_err(), "{step}");
             let counts = STEPS.iter().position(|s| *s == step) >= STEPS.iter().position(|s| *s == "replace.marked");
             match then {
@@ -69,15 +69,15 @@ async fn stopped_after_any_step_it_recovers() {
                     let machine = open(dir.path()).unwrap();
                     assert!(rows(&machine.handle()).is_err(), "{step}: still the damaged one");
                     close(machine);
-                    replace(dir.path(), &newest, 60, 0, &None).unwrap();
+                    replace(dir.path(), &newest, 60, Some(0), &None).unwrap();
                 }
                 "start" => {}
                 "stopped again, then start" => {
                     let _ = finish_interrupted(dir.path(), &stop_at("replace.quarantined"));
                     let _ = finish_interrupted(dir.path(), &stop_at("replace.moved"));
-                    let _ = replace(dir.path(), &newest, 60, 0, &stop_at("replace.marked"));
+                    let _ = replace(dir.path(), &newest, 60, Some(0), &stop_at("replace.marked"));
                 }
-                _ => drop(replace(dir.path(), &newest, 60, 0, &None).unwrap()),
+                _ => drop(replace(dir.path(), &newest, 60, Some(0), &None).unwrap()),
             }
             goes_on(dir.path(), 299).await;
             assert!(!dir.path().join("kv.new").exists(), "{step}, {then}");
@@ -93,12 +93,12 @@ async fn nothing_is_changed_for_a_damaged_checkpoint_or_while_the_tree_is_in_use
     damaged(dir.path()).await;
     let newest = newest_checkpoint(dir.path()).unwrap();
     let machine = open(dir.path()).unwrap();
-    let error = replace(dir.path(), &newest, 50, 0, &None).unwrap_err();
+    let error = replace(dir.path(), &newest, 50, Some(0), &None).unwrap_err();
     assert_eq!(ErrorClass::Busy, error.class(), "{error}");
     close(machine);
     let bad = fs::read_dir(newest.dir().join("tables")).unwrap().next().unwrap().unwrap().path();
     flip(&bad, 999);
-    let error = replace(dir.path(), &newest, 50, 0, &None).unwrap_err();
+    let error = replace(dir.path(), &newest, 50, Some(0), &None).unwrap_err();
     assert_eq!((ErrorClass::Damaged, Some(bad.as_path())), (error.class(), file_of(&error)), "{error}");
     assert!(!dir.path().join("kv.new").exists() && quarantine::list(dir.path(), None).unwrap().is_empty());
 }
@@ -115,6 +115,6 @@ async fn a_received_checkpoint_serves_as_well() {
         receiver.write(&file.name, 0, &sent.read_chunk(&file.name, 0, usize::MAX).unwrap()).unwrap();
     }
     let received = receiver.finish().unwrap();
-    replace(dir.path(), &received, 50, 0, &None).unwrap();
+    replace(dir.path(), &received, 50, Some(0), &None).unwrap();
     goes_on(dir.path(), 399).await;
 }

@@ -3,6 +3,10 @@
 //! Only builds with debug assertions have them: in a release build [`hit`] is empty. A test in one process arms a
 //! point for a data folder; a server process takes the name of one from `STEMEDB_TEST_FAIL_POINT` and aborts there.
 
+use std::sync::Arc;
+
+use crate::state::engine::latch::FailPoint;
+
 /// Every point, in the order of the flow.
 pub const POINTS: &[&str] = &[
     "rebuild.begun",
@@ -23,6 +27,25 @@ pub const POINTS: &[&str] = &[
     "rebuild.promoted",
 ];
 
+/// The same of the replacement of a damaged tree; the steps from `replace.begin` on are those of
+/// `state::engine::replace`.
+pub const TREE_POINTS: &[&str] = &[
+    "tree.begun",
+    "tree.pulled",
+    "tree.checked",
+    "tree.core_ended",
+    "tree.shelved",
+    "replace.begin",
+    "replace.built",
+    "replace.pointed",
+    "replace.marked",
+    "replace.quarantined",
+    "replace.moved",
+    "replace.done",
+    "tree.replaced",
+    "tree.started",
+];
+
 /// The rebuild stops here, for a test.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped at the fail point {0}")]
@@ -33,14 +56,29 @@ mod armed {
     use std::{
         collections::BTreeMap,
         path::{Path, PathBuf},
-        sync::{Mutex, PoisonError},
+        sync::{Mutex, PoisonError, mpsc},
     };
 
-    static ARMED: Mutex<BTreeMap<PathBuf, String>> = Mutex::new(BTreeMap::new());
+    enum Then {
+        Stop,
+        /// Until the sender is gone.
+        Hang(mpsc::Receiver<()>),
+    }
+
+    static ARMED: Mutex<BTreeMap<PathBuf, (String, Then)>> = Mutex::new(BTreeMap::new());
 
     /// The next rebuild of the node in this folder stops at `point`, once.
     pub fn arm(data_dir: &Path, point: &str) {
-        ARMED.lock().unwrap_or_else(PoisonError::into_inner).insert(data_dir.to_owned(), point.to_owned());
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        armed.insert(data_dir.to_owned(), (point.to_owned(), Then::Stop));
+    }
+
+    /// The next call of the node in this folder that comes to `point` hangs there until the answer is dropped.
+    pub fn hang(data_dir: &Path, point: &str) -> mpsc::Sender<()> {
+        let (release, released) = mpsc::channel();
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        armed.insert(data_dir.to_owned(), (point.to_owned(), Then::Hang(released)));
+        release
     }
 
     /// Whether a point of this folder is still to come.
@@ -52,17 +90,33 @@ mod armed {
         if std::env::var("STEMEDB_TEST_FAIL_POINT").is_ok_and(|wanted| wanted == point) {
             std::process::abort();
         }
-        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
-        if armed.get(data_dir).is_some_and(|wanted| wanted == point) {
-            armed.remove(data_dir);
-            return Err(super::Stopped(point));
+        let then = {
+            let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+            match armed.get(data_dir).is_some_and(|(wanted, _)| wanted == point) {
+                true => armed.remove(data_dir).map(|(_, then)| then),
+                false => None,
+            }
+        };
+        match then {
+            None => Ok(()),
+            Some(Then::Stop) => Err(super::Stopped(point)),
+            Some(Then::Hang(released)) => {
+                // Nothing is ever sent: its end is what is waited for.
+                let _gone = released.recv();
+                Ok(())
+            }
         }
-        Ok(())
     }
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, is_armed};
+pub use armed::{arm, hang, is_armed};
+
+/// The points of a folder as the steps of the tree want them.
+pub fn of_folder(data_dir: &std::path::Path) -> FailPoint {
+    let data_dir = data_dir.to_owned();
+    Arc::new(move |name| hit(&data_dir, name).map_err(std::io::Error::other))
+}
 
 /// Passes `point`, unless a test wants to stop here.
 #[cfg_attr(not(debug_assertions), allow(unused_variables, clippy::unnecessary_wraps))]

@@ -299,7 +299,7 @@ fn unwell(status: Result<StatusReply, String>) -> Option<String> {
             Some(format!("its disk is {} ({})", state.word(), status.disk.reason.unwrap_or_default()))
         }
         (_, false) => Some(format!("it does not take part (it is {:?})", status.role)),
-        (_, true) => None,
+        (_, true) => status.damaged.map(|why| format!("its tree is damaged ({why})")),
     }
 }
 

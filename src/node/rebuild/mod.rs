@@ -8,6 +8,9 @@
 //!                                   └──► swap ─► <data>/quarantine/, then the next incarnation
 //! ```
 //!
+//! A tree that is damaged alone is replaced in a shorter way (`admin::tree`, `tree_steps`): the node keeps its log, its
+//! vote and its id.
+//!
 //! What may be done when is decided in `admin::rebuild` and `grant::may_grant`, both pure, and by the replicated
 //! rules of `state::permits`. Clients go on being served through the other nodes all the while.
 
@@ -16,6 +19,7 @@ pub mod desk;
 pub mod fail_point;
 pub mod grant;
 pub mod journal;
+mod mark;
 pub mod messages;
 mod node_steps;
 pub mod offer;
@@ -25,6 +29,8 @@ pub mod pull;
 mod runner;
 pub mod swap;
 pub mod throttle;
+mod tree_steps;
+pub mod tree_watch;
 
 pub use ask::{ask_any, membership_of, pulling_identity};
 pub use runner::run;

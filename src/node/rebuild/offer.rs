@@ -101,6 +101,9 @@ impl Offers {
         if let Some(why) = shared.silenced() {
             return Err(refused(format!("this node cannot send a checkpoint: {why}")));
         }
+        if let Some(why) = shared.tree_damage() {
+            return Err(refused(format!("this node cannot send a checkpoint, its own tree is damaged: {why}")));
+        }
         let checkpoint = checkpoint(&shared, fresh).await?;
         let manifest = checkpoint.manifest_bytes().map_err(failed)?;
         let covers: Option<LogIdOf<TypeConfig>> = checkpoint.applied().log_id;

@@ -260,7 +260,7 @@ fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -
                 let why = format!("{} bytes of {:?} at {at} instead of {expected}", piece.len(), file.name);
                 return Err(PullError::Sender { from: String::new(), why });
             }
-            out.write_all(&piece).map_err(local("write", &path))?;
+            out.write_all(&piece).map_err(|error| discard(&path, "write", error))?;
             hasher.update(&piece);
             at += expected;
         }
@@ -270,12 +270,20 @@ fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -
             let why = format!("{:?} is not what its hash says; fetching it again", file.name);
             return Err(PullError::Sender { from: String::new(), why });
         }
-        out.sync_all().map_err(local("sync", &path))?;
+        out.sync_all().map_err(|error| discard(&path, "sync", error))?;
         drop(out);
         let done = place(dir, &file);
         fs::rename(&path, &done).map_err(local("rename to", &done))?;
     }
     folder::sync(dir).map_err(local("sync", dir))
+}
+
+/// A write or a sync of a part has failed: nothing is written to it or synced again, and it is not gone on with.
+fn discard(part: &Path, operation: &'static str, source: io::Error) -> PullError {
+    if let Err(error) = fs::remove_file(part) {
+        tracing::warn!(%error, part = %part.display(), "a part of a file that could not be written stays");
+    }
+    local(operation, part)(source)
 }
 
 /// Blocking. Puts the fetched files together as a checkpoint in `into`, which is replaced. The manifest comes last.

@@ -14,9 +14,13 @@ use super::{
     fail_point::{self, Stopped},
     journal::Journal,
     swap::SwapError,
+    tree_steps::TreeJob,
 };
 use crate::{
-    admin::rebuild::{Phase, Step, View, next},
+    admin::{
+        rebuild::{Phase, Step, View, next},
+        tree,
+    },
     clock,
     node::{core::Shared, disk::DiskState, process::Process},
     state::engine::quarantine,
@@ -76,6 +80,7 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         expire_at: Instant::now(),
         healthy_before: false,
         restarted: true,
+        tree: None,
     };
     if let Some(journal) = &runner.journal {
         tracing::info!(phase = journal.phase.word(), why = journal.why, "a rebuild goes on where it was");
@@ -101,13 +106,31 @@ pub(super) struct Runner {
     pub(super) healthy_before: bool,
     /// Whether the rebuild was begun by a process before this one.
     pub(super) restarted: bool,
+    /// The replacement of the tree alone, if that is under way.
+    pub(super) tree: Option<TreeJob>,
 }
 
 /// Why the current incarnation should be rebuilt, if so.
 pub(super) fn need(shared: &Shared) -> Option<Need> {
+    let known = shared.need.borrow().clone();
+    if matches!(known, Some(Need::Node(_))) {
+        return known;
+    }
     let disk = shared.disk.health();
-    let failed = (disk.state == DiskState::Failed).then(|| disk.reason.clone().unwrap_or_default());
-    shared.need.borrow().clone().or(failed.map(|why| Need::Node(format!("the disk has failed: {why}"))))
+    if disk.state != DiskState::Failed {
+        return known;
+    }
+    let failed = Need::Node(format!("the disk has failed: {}", disk.reason.unwrap_or_default()));
+    Some(ended_by_damage(shared).map_or(failed, |damage| known.unwrap_or(Need::Tree(damage))))
+}
+
+/// What is damaged in the tree, if nothing else has ended the core: the log is as sound as before then.
+fn ended_by_damage(shared: &Shared) -> Option<String> {
+    let state = &shared.core.get()?.state;
+    let damage = state.damage().borrow().as_ref().map(ToString::to_string)?;
+    let log_latched = shared.wal().and_then(stemedb_raft::WalHandle::latched).is_some();
+    let tree_failed = state.failed().is_some_and(|error| !error.is_damage());
+    (!log_latched && !tree_failed).then_some(damage)
 }
 
 pub(super) fn is_open(shared: &Shared) -> bool {
@@ -120,6 +143,12 @@ pub(super) async fn blocking<T: Send + 'static, E: ToString + Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(again)?.map_err(again)
 }
 
+/// A step of one of the two flows.
+enum Which {
+    Node(Step),
+    Tree(tree::Step),
+}
+
 impl Runner {
     pub(super) fn hit(&self, point: &'static str) -> Result<(), Stopped> {
         fail_point::hit(&self.data_dir, point)
@@ -128,7 +157,7 @@ impl Runner {
     fn view(&self, shared: &Shared, order: Option<&Order>) -> View {
         View {
             phase: self.journal.as_ref().map(|j| j.phase),
-            needed: need(shared).is_some(),
+            needed: matches!(need(shared), Some(Need::Node(_))),
             ordered: order.is_some(),
             automatic: self.process.config.cluster.auto_rebuild,
             operator_decides: self.operator_decides,
@@ -151,26 +180,38 @@ impl Runner {
         while !stop.is_cancelled() {
             let Some(shared) = self.process.current() else { return };
             let order = self.desk.ordered();
-            let step = next(&self.view(&shared, order.as_ref()));
+            let step = match self.concerns_tree(&shared, order.as_ref()) {
+                true => Which::Tree(tree::next(&self.tree_view(&shared))),
+                false => {
+                    self.tree = None;
+                    Which::Node(next(&self.view(&shared, order.as_ref())))
+                }
+            };
             let done = match step {
-                Step::Rest | Step::AwaitOperator => {
-                    if step == Step::AwaitOperator {
-                        self.show_waiting(&shared);
-                    }
+                Which::Node(Step::Rest) | Which::Tree(tree::Step::Rest) => {
                     self.rest(&shared).await;
                     Ok(())
                 }
-                // Files change hands here: never left in the middle.
-                Step::Begin => self.begin(&shared, order).await,
-                Step::EndCore => self.end_core(&shared).await,
-                Step::Swap => self.swap().await,
-                Step::Start => self.start().await,
-                Step::StartOver => self.start_over().await,
-                Step::Probe | Step::Ask | Step::Pull | Step::Join | Step::Promote => {
-                    let work = self.waiting_step(step, &shared, order);
-                    match stop.run_until_cancelled(work).await {
-                        Some(done) => done,
-                        None => return,
+                Which::Node(Step::AwaitOperator) | Which::Tree(tree::Step::AwaitOperator) => {
+                    self.show_waiting(&shared);
+                    self.rest(&shared).await;
+                    Ok(())
+                }
+                Which::Node(step) => {
+                    let gives_way = matches!(step, Step::Probe | Step::Ask | Step::Pull | Step::Join | Step::Promote);
+                    let work = self.node_step(step, &shared, order);
+                    match gives_way {
+                        true => stop.run_until_cancelled(work).await.unwrap_or(Ok(())),
+                        // Files change hands here: never left in the middle.
+                        false => work.await,
+                    }
+                }
+                Which::Tree(step) => {
+                    let gives_way = matches!(step, tree::Step::Probe | tree::Step::Pull | tree::Step::Check);
+                    let work = self.tree_step(step, &shared);
+                    match gives_way {
+                        true => stop.run_until_cancelled(work).await.unwrap_or(Ok(())),
+                        false => work.await,
                     }
                 }
             };
@@ -193,15 +234,26 @@ impl Runner {
         }
     }
 
-    async fn waiting_step(&mut self, step: Step, shared: &Arc<Shared>, order: Option<Order>) -> Done {
+    async fn node_step(&mut self, step: Step, shared: &Arc<Shared>, order: Option<Order>) -> Done {
         match step {
+            Step::Begin => self.begin(shared, order).await,
+            Step::EndCore => self.end_core(shared).await,
+            Step::Swap => self.swap().await,
+            Step::Start => self.start().await,
+            Step::StartOver => self.start_over().await,
             Step::Probe => self.probe().await,
             Step::Ask => self.ask(shared, order).await,
             Step::Pull => self.pull(order).await,
             Step::Join => self.join(shared).await,
             Step::Promote => self.promote(shared).await,
-            _ => Ok(()),
+            Step::Rest | Step::AwaitOperator => Ok(()),
         }
+    }
+
+    /// Whether the tree alone is to be replaced, and nothing else is asked for or under way.
+    fn concerns_tree(&self, shared: &Shared, order: Option<&Order>) -> bool {
+        let whole = self.journal.is_some() || order.is_some() || matches!(need(shared), Some(Need::Node(_)));
+        !whole && (self.tree.is_some() || need(shared).is_some())
     }
 
     async fn rest(&mut self, shared: &Shared) {

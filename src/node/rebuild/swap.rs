@@ -22,6 +22,7 @@ use stemedb_raft::{WalOptions, WalStore, disk::Disk, types::Vote};
 
 use super::{
     fail_point::{self, Stopped},
+    mark::Mark,
     pull::{self, PullError},
 };
 use crate::{
@@ -96,7 +97,8 @@ impl Swap {
         self.hit("rebuild.swap.identity_away")?;
         self.put_log_away(&to.join("wal"))?;
         self.hit("rebuild.swap.log_away")?;
-        for name in ["kv", "checkpoint"] {
+        // `kv.new`: a tree that was to take the place of a damaged one.
+        for name in ["kv", "checkpoint", "kv.new"] {
             self.rename(&self.data_dir.join(name), &to.join(name))?;
         }
         folder::sync(&to).map_err(at("sync", &to))?;
@@ -127,7 +129,8 @@ impl Swap {
 
     /// Blocking. Makes the new tree and checkpoint from the fetched files.
     pub fn put_tree_in_place(&self, manifest: &[u8]) -> Result<(), SwapError> {
-        for name in ["kv", "checkpoint", "kv.incoming"] {
+        Mark::remove(&self.data_dir).map_err(at("remove the mark of the tree in", &self.data_dir))?;
+        for name in ["kv", "checkpoint", "kv.new", "kv.incoming"] {
             let path = self.data_dir.join(name);
             folder::remove(&path).map_err(at("remove", &path))?;
         }

@@ -170,6 +170,7 @@ fn flush_one(inner: &Inner, sealed: &Sealed) -> Result<(), Failure> {
     let watermark = inner.snapshots.watermark();
     let before = leftovers(inner);
     let writing = inner.writing_tables.read().unwrap_or_else(PoisonError::into_inner);
+    let busy = inner.busy("flush", "kv/tables");
     let tables = inner
         .step("flush", "flush.tables")
         .and_then(|()| caught("flush", || hidden::write_tables(&inner.tree, &sealed.memtable, watermark)))
@@ -181,13 +182,16 @@ fn flush_one(inner: &Inner, sealed: &Sealed) -> Result<(), Failure> {
             return Err(tables_failed(inner, Stage::FlushTables, &before, error));
         }
     };
+    drop(busy);
     // From here on nothing may be tried again: a manifest that failed half-way is on disk or not.
     let mut persisted = lock(&inner.persisted);
+    let busy = inner.busy("flush", "kv/current");
     inner
         .step("flush", "flush.manifest")
         .and_then(|()| caught("flush", || hidden::register_tables(&inner.tree, &tables, &sealed.memtable, watermark)))
         .and_then(|()| inner.step("flush", "flush.manifest-written"))
         .map_err(at(Stage::Manifest))?;
+    drop(busy);
     inner.manifests_by_flush.fetch_add(1, Ordering::Relaxed);
     lock(&inner.tables_seen).extend(hidden::table_ids(&tables));
     *persisted = sealed.applied.clone();

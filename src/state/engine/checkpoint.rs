@@ -366,8 +366,11 @@ impl LsmEngine {
     fn checkpoint_and_release(&self, into: &Path, linked: impl FnOnce()) -> Result<Checkpoint, EngineError> {
         let failed = |e| EngineError::io("checkpoint", e);
         self.inner.check()?;
-        self.inner.step("checkpoint", "checkpoint.begin")?;
-        folder::create_synced(&into.join(TABLES)).map_err(failed)?;
+        {
+            let _busy = self.inner.busy("sync", "checkpoint");
+            self.inner.step("checkpoint", "checkpoint.begin")?;
+            folder::create_synced(&into.join(TABLES)).map_err(failed)?;
+        }
         let (persisted, pinned) = self.pin_manifest()?;
         let applied = persisted.clone();
         let tables = pinned.version.tables();
@@ -380,12 +383,14 @@ impl LsmEngine {
 
         let mut files = Vec::with_capacity(tables.len() + 2);
         for (name, bytes) in [(CURRENT.to_owned(), &pinned.current), (pinned.manifest_name(), &pinned.manifest)] {
+            let _busy = self.inner.busy("write", "checkpoint");
             folder::write_synced(&into.join(&name), bytes).map_err(failed)?;
             files.push(CheckpointFile { name, bytes: bytes.len() as u64, xxh3: xxh3_128(bytes) });
         }
         for table in &tables {
             files.push(self.list_table(into, table)?);
         }
+        let _busy = self.inner.busy("sync", "checkpoint");
         folder::sync(&into.join(TABLES)).map_err(failed)?;
         folder::sync(into).map_err(failed)?;
         let body = Body { files, applied };
@@ -445,6 +450,7 @@ impl LsmEngine {
         let bytes = fs::metadata(&path).map_err(|e| EngineError::read("checkpoint", &path, e))?.len();
         let file = CheckpointFile { name, bytes, xxh3: table.xxh3 };
         if !lock(&self.inner.tables_verified).contains(&table.id) {
+            let _busy = self.inner.busy("read", &file.name);
             verify_file(into, &file)?;
             lock(&self.inner.tables_verified).insert(table.id);
         }

@@ -39,13 +39,17 @@ pub fn replace_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let temporary = folder.join(name);
-    let mut file = File::create(&temporary)?;
-    if let Err(error) = file.write_all(bytes) {
+    // A file of its own each time: the sync of one that is left there may have failed.
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::create_new(&temporary)?;
+    if let Err(error) = file.write_all(bytes).and_then(|()| synced(file.sync_all())) {
         // Best effort: what is half-written is in nobody's way.
         let _stays = fs::remove_file(&temporary);
         return Err(error);
     }
-    synced(file.sync_all())?;
     drop(file);
     fs::rename(&temporary, path)?;
     sync(folder)

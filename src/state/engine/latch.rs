@@ -14,6 +14,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use stemedb_raft::io_times::IoGuard;
+
 use super::damage::TreeDamage;
 use super::lsm::{Inner, lock};
 use super::precheck::TABLES;
@@ -101,7 +103,13 @@ impl Inner {
         consequence
     }
 
-    /// A named step, at which tests let the disk fail.
+    /// Notes a call that writes or syncs, until the answer is dropped. No client waits for it: it may take long on a
+    /// healthy disk, and is noticed when it does not return for longer than anything may.
+    pub(crate) fn busy(&self, operation: &'static str, file: &str) -> IoGuard<'_> {
+        self.options.io_times.enter(operation, file, true)
+    }
+
+    /// A named step, at which tests let the disk fail, or hang.
     pub(crate) fn step(&self, operation: &'static str, name: &'static str) -> Result<(), EngineError> {
         step(&self.options.fail_point, name).map_err(|source| EngineError::io(operation, source))
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use stemedb_raft::io_times::IoTimes;
 use tokio::sync::watch;
 
 use super::damage::DamageBoard;
@@ -31,6 +32,8 @@ pub struct LsmOptions {
     pub observer: Arc<dyn EngineObserver>,
     /// Changes when an engine opened with these options, or clones of them, latches.
     pub latches: watch::Sender<u64>,
+    /// Where writes and syncs are noted, so that a disk that hangs is seen.
+    pub io_times: Arc<IoTimes>,
     /// Where damage is reported.
     pub damage: DamageBoard,
     /// Lets a disk fail at a named step; only tests set it.
@@ -47,6 +50,7 @@ impl Default for LsmOptions {
             flush_gate: None,
             observer: Arc::new(NoObserver),
             latches: watch::Sender::default(),
+            io_times: Arc::default(),
             damage: DamageBoard::default(),
             fail_point: None,
         }

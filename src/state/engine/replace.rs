@@ -57,15 +57,24 @@ pub struct LogExtent {
     pub at_checkpoint: Option<LogId>,
 }
 
+/// Why the tree alone may not be replaced by this checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotAllowed {
+    /// A checkpoint that reaches further would do.
+    #[error("{0}")]
+    Behind(String),
+    /// Checkpoint and log do not belong together: the whole node has to be rebuilt.
+    #[error("{0}")]
+    OtherHistory(String),
+}
+
 /// Whether the tree alone may be replaced by one that ends with `applied`. Pure.
-///
-/// Errors: why the whole node has to be rebuilt instead.
-pub fn allowed(applied: Option<LogId>, log: LogExtent) -> Result<(), String> {
+pub fn allowed(applied: Option<LogId>, log: LogExtent) -> Result<(), NotAllowed> {
     if log.purged > applied {
-        return Err(format!(
+        return Err(NotAllowed::Behind(format!(
             "the log begins after {:?}, and the checkpoint ends with {applied:?}: entries between them are missing",
             log.purged
-        ));
+        )));
     }
     match (applied, log.at_checkpoint) {
         (None, _) => Ok(()),
@@ -73,14 +82,15 @@ pub fn allowed(applied: Option<LogId>, log: LogExtent) -> Result<(), String> {
         // Purged exactly up to there.
         (applied, None) if log.purged == applied => Ok(()),
         (Some(applied), None) if log.last.is_none_or(|last| last.index < applied.index) => Ok(()),
-        (Some(applied), found) => Err(format!(
+        (Some(applied), found) => Err(NotAllowed::OtherHistory(format!(
             "the checkpoint ends with {applied}, and the log holds {found:?} there: one of them is another history"
-        )),
+        ))),
     }
 }
 
 /// Blocking. Replaces `<data>/kv` by a tree made of `checkpoint`, which is verified first. Where the
-/// old one is now. The old tree must be closed; `lock_timeout_ms`: how long to wait for that.
+/// old one is now. The old tree must be closed; `lock_timeout_ms`: how long to wait for that. `None`: the caller has
+/// closed it itself, and late readers may still hold it open: they find nothing under its old path.
 ///
 /// Errors: `Damaged` names the checkpoint's file, and nothing was changed; `Busy` when the old tree is
 /// still in use; else the disk's, and the next call, or the next start, goes on or begins anew.
@@ -88,14 +98,17 @@ pub fn replace(
     data_dir: &Path,
     checkpoint: &Checkpoint,
     now_unix_ms: u64,
-    lock_timeout_ms: u64,
+    lock_timeout_ms: Option<u64>,
     fail_point: &Option<FailPoint>,
 ) -> Result<Option<PathBuf>, EngineError> {
     checkpoint.verify_blocking()?;
     let at = |name| step(fail_point, name).map_err(|e| EngineError::io("install", e));
     let failed = |e| EngineError::io("install", e);
     // Nobody opens or still uses the old tree while it moves.
-    let _locks = lock_trees(&data_dir.join("kv"), lock_timeout_ms)?;
+    let _locks = match lock_timeout_ms {
+        Some(wait_ms) => lock_trees(&data_dir.join("kv"), wait_ms)?,
+        None => Vec::new(),
+    };
     finish_locked(data_dir, now_unix_ms, fail_point)?;
     at("replace.begin")?;
     let new = data_dir.join(NEW);

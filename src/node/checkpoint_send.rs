@@ -2,15 +2,15 @@
 //!
 //! The manifest goes first, then the files in pieces with a few under way at once, then the order to
 //! install. The other side compares every hash before it installs, so a broken transfer costs time
-//! and never data; openraft starts it again.
+//! and never data; openraft starts it again. A checkpoint that was not accepted is compared with its own hashes
+//! here before that: a damaged one would be sent for ever.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use openraft::{
-    StorageError,
-    errors::{ErrorSource, StreamingError, Unreachable},
+    errors::{StreamingError, Unreachable},
     raft::SnapshotResponse,
     type_config::alias::{SnapshotMetaOf, SnapshotOf},
 };
@@ -79,9 +79,23 @@ fn unreachable(error: impl std::error::Error + 'static) -> Error {
     StreamingError::Unreachable(Unreachable::new(&error))
 }
 
-fn local(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    let error = io::Error::other(error);
-    StreamingError::StorageError(StorageError::read_snapshot(None, ErrorSource::from_error(&error)))
+/// Why a checkpoint did not arrive.
+pub struct SendFailed {
+    /// For Raft, which tries again. Never a storage error: a checkpoint that cannot be read is no reason to end the core,
+    /// as long as the tree is sound.
+    pub error: Error,
+    /// Whether the checkpoint itself may be damaged: it could not be read, or what arrived was not accepted.
+    pub doubtful: bool,
+}
+
+impl From<Error> for SendFailed {
+    fn from(error: Error) -> SendFailed {
+        SendFailed { error, doubtful: false }
+    }
+}
+
+fn unreadable(error: impl std::error::Error + 'static) -> SendFailed {
+    SendFailed { error: unreachable(error), doubtful: true }
 }
 
 async fn call<A: DeserializeOwned>(
@@ -100,9 +114,9 @@ pub async fn send(
     peer: &Peer,
     vote: Vote,
     snapshot: SnapshotOf<TypeConfig, Checkpoint>,
-) -> Result<SnapshotResponse<TypeConfig>, Error> {
+) -> Result<SnapshotResponse<TypeConfig>, SendFailed> {
     let checkpoint = snapshot.snapshot;
-    let manifest = checkpoint.manifest_bytes().map_err(local)?;
+    let manifest = checkpoint.manifest_bytes().map_err(unreadable)?;
     let total_bytes = checkpoint.total_bytes();
     tracing::info!(total_bytes, covers = ?snapshot.meta.last_log_id, "sending a checkpoint");
     let open = CheckpointOpen { vote, meta: snapshot.meta, manifest };
@@ -118,13 +132,14 @@ pub async fn send(
             async move {
                 let name = file.clone();
                 let read = move || checkpoint.read_chunk(&name, offset, CHUNK_BYTES);
-                let bytes = tokio::task::spawn_blocking(read).await.map_err(local)?.map_err(local)?;
+                let bytes = tokio::task::spawn_blocking(read).await.map_err(unreachable)?.map_err(unreadable)?;
                 let chunk = CheckpointChunk { session, file, offset, bytes };
-                call::<()>(peer, Kind::CheckpointChunk, &chunk, CHUNK_REPLY_MAX).await
+                call::<()>(peer, Kind::CheckpointChunk, &chunk, CHUNK_REPLY_MAX).await.map_err(SendFailed::from)
             }
         })
         .buffer_unordered(CHUNKS_IN_FLIGHT_MAX)
         .try_collect::<()>()
         .await?;
-    call(peer, Kind::CheckpointInstall, &CheckpointInstall { session }, INSTALL_REPLY_MAX).await
+    let installed = call(peer, Kind::CheckpointInstall, &CheckpointInstall { session }, INSTALL_REPLY_MAX).await;
+    installed.map_err(|error| SendFailed { error, doubtful: true })
 }

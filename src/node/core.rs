@@ -4,9 +4,12 @@
 //! and its state is open. Parts hold an `Arc<Shared>` and never each other. The view of the cluster
 //! is one watched value, so that whoever waits for a leader is woken by the change itself.
 
-use std::sync::{
-    Arc, Mutex, OnceLock, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -24,7 +27,7 @@ use super::{
     applier::NodeApplier,
     boots::SeenBoots,
     bootstrap::Assignment,
-    disk::DiskWatch,
+    disk::{DiskHealth, DiskWatch},
     forward::Forwarders,
     freshness::Freshness,
     identity::Identity,
@@ -197,6 +200,9 @@ pub struct Shared {
     pub admission: watch::Sender<Arc<Admission>>,
     /// Whether the state has caught up with what was committed when the node started.
     pub caught_up: watch::Sender<bool>,
+    /// What other nodes last said of their disks, by Raft id, and when, milliseconds of the monotonic clock: a node
+    /// whose disk hangs for good says nothing any more.
+    pub last_words: Mutex<BTreeMap<u64, (DiskHealth, u64)>>,
     /// Set when this node is about to stop: it takes no leadership any more.
     pub leaving: AtomicBool,
     /// Cancelled when this incarnation ends, with its process or because the next one has taken over.

@@ -361,6 +361,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
+        last_words: Default::default(),
         disk: DiskWatch::default(),
         io_times: Arc::clone(&process.io_times),
         space: process.space.clone(),
@@ -442,7 +443,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let healer = PeerHealer::new(&shared, state.engine().applied().membership.clone());
     log.handle().set_healer(Some(Arc::new(healer)));
     let settings = Arc::new(raft_config(&shared.config)?);
-    let network = Network::new(shared.peers.clone());
+    let network = Network::new(shared.peers.clone(), state.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
 
     let (leader_raft, leading, asking) = (raft.clone(), Arc::clone(&shared), Arc::clone(&shared));

@@ -1,6 +1,10 @@
 //! What this node says about itself and about the cluster.
 
-use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{PoisonError, atomic::Ordering},
+    time::Duration,
+};
 
 use openraft::{RaftMetrics, ServerState};
 use serde::Serialize;
@@ -84,7 +88,7 @@ pub struct MemberReport {
     pub last_log_index: Option<u64>,
     /// Log index up to which its log was purged; a replica that ends before it needs a checkpoint.
     pub purged_log_index: Option<u64>,
-    /// Its disk; `None` when it does not answer.
+    /// Its disk; when it does not answer what it said last, if it was silenced then, else `None`.
     pub disk: Option<DiskHealth>,
     /// Version of its program.
     pub version: Option<String>,
@@ -190,7 +194,19 @@ pub async fn ask_status(shared: &Shared, id: u64, addr: &str) -> Result<StatusRe
     let body = pack(&()).map_err(|e| e.to_string())?;
     let peer = shared.peers.to(id, addr, Lane::Control);
     let answer = peer.call(Kind::Status.number(), body, STATUS_REPLY_MAX).await.map_err(|e| e.to_string())?;
-    unpack(&answer).map_err(|e| e.to_string())
+    let status: StatusReply = unpack(&answer).map_err(|e| e.to_string())?;
+    let said = (status.disk.clone(), clock::monotonic_ms());
+    shared.last_words.lock().unwrap_or_else(PoisonError::into_inner).insert(id, said);
+    Ok(status)
+}
+
+/// What is known of the disk of a node that does not answer: one that was about to close its doors has said why.
+fn last_words(said: Option<&(DiskHealth, u64)>, now_ms: u64) -> Option<DiskHealth> {
+    let (disk, at_ms) = said.filter(|(disk, _)| disk.state.silences())?;
+    let (since_s, why) = (now_ms.saturating_sub(*at_ms) / 1_000, disk.reason.as_deref().unwrap_or_default());
+    let reason =
+        format!("it does not answer any more; {since_s} s ago it said that its disk is {}: {why}", disk.state.word());
+    Some(DiskHealth { state: disk.state, reason: Some(reason) })
 }
 
 /// `/v1/admin/cluster`: asks every member at once.
@@ -220,7 +236,12 @@ pub async fn cluster(shared: &Shared) -> ClusterReport {
             } else {
                 lags.as_ref().and_then(|l| l.get(&id).copied())
             };
-            report(id, member, status, voters.contains(&id), lag)
+            let mut report = report(id, member, status, voters.contains(&id), lag);
+            report.disk = report.disk.or_else(|| {
+                let said = shared.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+                last_words(said.get(&id), clock::monotonic_ms())
+            });
+            report
         })
         .collect();
     ClusterReport { leader: view.leader.map(|l| l.name), term: view.term, members }
@@ -330,4 +351,21 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
         return Err("this node has not caught up with what was committed when it started".into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::disk::DiskState;
+
+    #[test]
+    fn a_node_that_closed_its_doors_is_shown_with_its_last_words_and_a_dead_one_without() {
+        let said = |state| (DiskHealth { state, reason: Some("sync segment.001.wal hangs".into()) }, 1_000);
+        let shown = last_words(Some(&said(DiskState::Stalled)), 63_500);
+        let reason = shown.as_ref().and_then(|disk| disk.reason.clone()).unwrap_or_default();
+        assert!(shown.is_some_and(|disk| disk.state == DiskState::Stalled), "{reason}");
+        assert!(reason.contains("62 s ago") && reason.contains("sync segment.001.wal hangs"), "{reason}");
+        assert_eq!(last_words(Some(&said(DiskState::Slow)), 2_000), None);
+        assert_eq!(last_words(None, 2_000), None);
+    }
 }

@@ -32,7 +32,7 @@ use super::{
     messages::{pack, unpack},
     peers::Peers,
 };
-use crate::state::engine::checkpoint::Checkpoint;
+use crate::state::{engine::checkpoint::Checkpoint, machine::StateHandle};
 
 /// Appends sent and not answered, per follower. A follower answers after its sync, so this covers the
 /// entries that arrive during one; the log's own bound on bytes in one append holds as well.
@@ -45,16 +45,17 @@ const APPEND_REPLY_MAX: Duration = Duration::from_secs(5);
 /// Makes the clients that openraft asks for.
 pub struct Network {
     peers: Peers,
+    state: StateHandle,
 }
 
 impl Network {
-    /// Over these connections.
-    pub fn new(peers: Peers) -> Network {
-        Network { peers }
+    /// Over these connections; the checkpoints that are sent are this state's.
+    pub fn new(peers: Peers, state: StateHandle) -> Network {
+        Network { peers, state }
     }
 
     fn link(&self, target: u64, node: &Member, appends: Lane) -> Link {
-        Link { peers: self.peers.clone(), target, addr: node.peer_addr.clone(), appends }
+        Link { peers: self.peers.clone(), state: self.state.clone(), target, addr: node.peer_addr.clone(), appends }
     }
 }
 
@@ -77,6 +78,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 /// The way to one node.
 pub struct Link {
     peers: Peers,
+    state: StateHandle,
     target: u64,
     addr: String,
     /// The lane of `append_entries` and `stream_append`.
@@ -236,10 +238,21 @@ impl RaftNetworkV2<TypeConfig> for Link {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let peer = self.peer(Lane::Bulk);
-        tokio::select! {
-            closed = cancel => Err(StreamingError::Closed(closed)),
-            sent = checkpoint_send::send(&peer, vote, snapshot) => sent,
+        let checkpoint = snapshot.snapshot.clone();
+        let failed = tokio::select! {
+            closed = cancel => return Err(StreamingError::Closed(closed)),
+            sent = checkpoint_send::send(&peer, vote, snapshot) => match sent {
+                Ok(response) => return Ok(response),
+                Err(failed) => failed,
+            },
+        };
+        if failed.doubtful {
+            let state = self.state.clone();
+            if let Err(error) = tokio::task::spawn_blocking(move || state.doubt_blocking(&checkpoint)).await {
+                tracing::error!(%error, "a checkpoint could not be compared with its hashes");
+            }
         }
+        Err(failed.error)
     }
 
     async fn transfer_leader(

@@ -112,3 +112,35 @@ async fn a_write_of_the_tree_that_hangs_has_the_leader_hand_over_and_work_again_
     assert_all_there(&cluster, &[0, 1, 2, 3, 4]).await;
     cluster.stop_all().await;
 }
+
+/// What a leader sends to a node that lags is compared where it arrives, and then where it came from.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_damaged_checkpoint_is_not_sent_for_ever_and_the_tree_behind_it_is_replaced() {
+    let mut cluster = Cluster::new(|config| config.storage.memtable_mb = 1).await;
+    let leader = cluster.leader().await;
+    let (node, third) = ((leader + 1) % 3, (leader + 2) % 3);
+    let (old_id, leader_id) = (cluster.id_of(node).await, cluster.id_of(leader).await);
+    let behind = cluster.node(leader).cluster().await.members.iter().filter_map(|m| m.last_log_index).max();
+    cluster.stop(node).await;
+    let mut acknowledged = Vec::new();
+    let mut purged = None;
+    while purged <= behind {
+        for n in 0..4 {
+            let n = acknowledged.len() as u128 + n;
+            write_large(cluster.node(third), n).await;
+        }
+        acknowledged.extend(acknowledged.len() as u128..acknowledged.len() as u128 + 4);
+        let members = cluster.node(leader).cluster().await.members;
+        purged = members.iter().find(|m| m.name == cluster.peers[leader].name).and_then(|m| m.purged_log_index);
+    }
+    // The tables of tree and checkpoint are the same files under two names, unless they were compacted meanwhile.
+    for table in crate::tree::all_tables(&cluster.folder(leader)) {
+        let Ok(file) = std::fs::OpenOptions::new().write(true).open(table) else { continue };
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0x5a; 64], 300).unwrap();
+    }
+    cluster.restart(node).await;
+    assert_eq!(cluster.id_of(node).await, old_id, "it got what it lacked, and kept its log and vote");
+    assert_all_there(&cluster, &acknowledged).await;
+    assert_eq!(cluster.id_of(leader).await, leader_id);
+    cluster.stop_all().await;
+}

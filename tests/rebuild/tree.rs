@@ -45,7 +45,7 @@ async fn with_tables() -> (Cluster, Vec<u128>) {
 }
 
 fn names(dir: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
+    let mut found: Vec<PathBuf> = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     found.sort();
     found
 }
@@ -60,6 +60,13 @@ fn tables(data_dir: &Path) -> Vec<PathBuf> {
 
 fn checkpoints(data_dir: &Path) -> Vec<PathBuf> {
     names(&data_dir.join("checkpoint")).into_iter().filter(|dir| dir.join("checkpoint.manifest").exists()).collect()
+}
+
+/// Every table of the tree and of the checkpoints.
+pub fn all_tables(data_dir: &Path) -> Vec<PathBuf> {
+    let mut found = tables(data_dir);
+    found.extend(checkpoints(data_dir).iter().flat_map(|checkpoint| names(&checkpoint.join("tables"))));
+    found
 }
 
 /// Flips bits all over the beginning of a file, where the blocks of data are.
@@ -150,6 +157,9 @@ const HARMS: &[Harm] = &[
     ("`current` is damaged", |dir| damage(&trees(dir).pop().unwrap().join("current"))),
     ("`active` is damaged", |dir| damage(&dir.join("kv/active"))),
     ("the tree is missing", |dir| fs::remove_dir_all(dir.join("kv")).unwrap()),
+    ("the checkpoint alone is damaged", |dir| {
+        checkpoints(dir).iter().for_each(|checkpoint| damage(&checkpoint.join("checkpoint.manifest")));
+    }),
     ("tree and checkpoint are missing", |dir| {
         fs::remove_dir_all(dir.join("kv")).unwrap();
         fs::remove_dir_all(dir.join("checkpoint")).unwrap();

@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Shared, StateHandle};
 use crate::clock;
+use crate::state::engine::checkpoint::Checkpoint;
 use crate::state::engine::direct::{self, Hashed};
 use crate::state::engine::lsm::LsmEngine;
 use crate::state::engine::scrub::{ScrubItem, ScrubSource, Verdict};
@@ -32,6 +33,27 @@ impl StateHandle {
         let tree = TreeSource { shared: Arc::clone(&self.shared) };
         let checkpoint = CheckpointSource { shared: Arc::clone(&self.shared) };
         vec![Arc::new(tree), Arc::new(checkpoint)]
+    }
+}
+
+impl StateHandle {
+    /// Blocking. Compares a checkpoint that another node has not accepted with its hashes. A damaged one is put away; a
+    /// table that the tree has too, under another name of the same file, is damage of the tree.
+    pub fn doubt_blocking(&self, checkpoint: &Checkpoint) {
+        let Err(error) = checkpoint.verify_blocking() else { return };
+        let EngineError::Damaged { file, .. } = &error else {
+            tracing::warn!(%error, "a checkpoint that was not accepted could not be compared with its hashes");
+            return;
+        };
+        let is_damaged = |name: &str| file.as_ref().is_some_and(|file| *file == checkpoint.dir().join(name));
+        let tree = TreeSource { shared: Arc::clone(&self.shared) };
+        for item in tree.items() {
+            let name = item.path.file_name().map(|name| format!("tables/{}", name.to_string_lossy()));
+            if name.is_some_and(|name| is_damaged(&name)) {
+                tree.verify(&item, &mut |_| ControlFlow::Continue(()));
+            }
+        }
+        self.shared.condemn(checkpoint.dir(), &error);
     }
 }
 
@@ -150,20 +172,20 @@ impl ScrubSource for CheckpointSource {
             Some(file) => compare(&item.path, Some(file.bytes), file.xxh3, after),
             None => checkpoint.manifest_bytes().and_then(|bytes| compare(&item.path, None, xxh3_128(&bytes), after)),
         };
-        verdict(result, |error| {
-            let condemned = self.shared.shelf.condemn(checkpoint.dir());
-            if !condemned {
-                return; // superseded meanwhile
-            }
-            tracing::error!(%error, "a checkpoint is damaged; another one will be made of the tree");
-            let data_dir = &self.shared.options.data_dir;
-            if let Err(error) = quarantine::put(data_dir, checkpoint.dir(), "checkpoint", clock::unix_ms()) {
-                self.shared
-                    .engine
-                    .load()
-                    .inner
-                    .suffer(crate::state::engine::latch::Stage::Checkpoint, &EngineError::io("checkpoint", error));
-            }
-        })
+        verdict(result, |error| self.shared.condemn(checkpoint.dir(), error))
+    }
+}
+
+impl Shared {
+    /// Blocking. Puts a damaged checkpoint away, unless another one has taken its place already.
+    fn condemn(&self, dir: &Path, error: &EngineError) {
+        if !self.shelf.condemn(dir) {
+            return;
+        }
+        tracing::error!(%error, "a checkpoint is damaged; another one will be made of the tree");
+        if let Err(error) = quarantine::put(&self.options.data_dir, dir, "checkpoint", clock::unix_ms()) {
+            let stage = crate::state::engine::latch::Stage::Checkpoint;
+            self.engine.load().inner.suffer(stage, &EngineError::io("checkpoint", error));
+        }
     }
 }

@@ -6,6 +6,7 @@
 //! ends; and each is in a process group of its own, so that Ctrl-C reaches only the parent.
 //! Nothing here deletes a file, and nothing restarts a child by itself.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::TcpListener;
@@ -148,6 +149,8 @@ pub struct LocalCluster {
     program: PathBuf,
     plan: Vec<NodePlan>,
     children: Vec<Option<Running>>,
+    /// Further variables of the environment of one node.
+    env: Vec<(usize, String, OsString)>,
 }
 
 struct Running {
@@ -189,12 +192,18 @@ impl LocalCluster {
             local_config::write_or_compare(node, &plan)?;
         }
         let children = plan.iter().map(|_| None).collect();
-        Ok(Self { program, plan, children })
+        Ok(Self { program, plan, children, env: Vec::new() })
     }
 
     /// The plan.
     pub fn plan(&self) -> &[NodePlan] {
         &self.plan
+    }
+
+    /// Sets a variable of the environment for the next starts of one node.
+    pub fn set_env(&mut self, node: usize, name: &str, value: impl Into<OsString>) {
+        self.env.retain(|(of, known, _)| (*of, known.as_str()) != (node, name));
+        self.env.push((node, name.to_owned(), value.into()));
     }
 
     /// Process id of a running child.
@@ -228,6 +237,7 @@ impl LocalCluster {
         for name in ENV_OF_ONE_NODE {
             command.env_remove(name);
         }
+        command.envs(self.env.iter().filter(|(of, ..)| *of == node).map(|(_, name, value)| (name, value)));
         let mut child = command.spawn().map_err(|error| failed("start its process", error))?;
         // Taken out of the child: `Child::wait` would close it, and the node would stop.
         let alive = child.stdin.take();

@@ -164,6 +164,8 @@ pub struct RebuildSection {
     pub throttle_mb_per_s: u64,
     /// Days after which files in the quarantine go; `None`: never.
     pub quarantine_days: Option<u32>,
+    /// Rebuilds of one node within 24 hours that need no operator.
+    pub automatic_per_day: u64,
 }
 
 /// `[backup]`
@@ -311,7 +313,7 @@ impl Default for StorageSection {
 
 impl Default for RebuildSection {
     fn default() -> Self {
-        RebuildSection { throttle_mb_per_s: 64, quarantine_days: Some(14) }
+        RebuildSection { throttle_mb_per_s: 64, quarantine_days: Some(14), automatic_per_day: 2 }
     }
 }
 

@@ -6,6 +6,8 @@
 //! never stall the database. When the queue is full, lines are dropped from the file, counted, and
 //! the count is written once the disk is back; standard error still has them.
 
+mod repeats;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,13 +18,15 @@ use std::time::Duration;
 
 use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{FilterExt, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::{Config, LogFormat, LogLevel, LoggingSection};
+
+pub use repeats::suppressed_total;
 
 /// Lines that may wait for the file: some seconds of a busy node at `debug`, a few MiB.
 const QUEUE_LINES_MAX: usize = 16_384;
@@ -101,7 +105,7 @@ where
     if let Some(file) = file {
         layers.push(lines(logging.format, file, false));
     }
-    tracing_subscriber::registry().with(layers.with_filter(levels(logging.level)))
+    tracing_subscriber::registry().with(layers.with_filter(levels(logging.level).and(repeats::Repeats::default())))
 }
 
 fn lines<S, W>(format: LogFormat, writer: W, colours: bool) -> Box<dyn Layer<S> + Send + Sync>
@@ -276,6 +280,20 @@ mod tests {
             tracing::info!("own");
         });
         assert_eq!(lines.len(), 2, "{lines:?}");
+    }
+
+    #[test]
+    fn a_library_that_repeats_itself_is_cut_short_and_counted() {
+        let before = suppressed_total();
+        let lines = logged(&section(LogLevel::Info, LogFormat::Text), || {
+            for number in 0..40 {
+                tracing::warn!(target: "openraft::core::heartbeat", number, "unreachable");
+                tracing::warn!(number, "own");
+            }
+        });
+        assert_eq!(lines.iter().filter(|line| line.contains("unreachable")).count(), 5, "{lines:?}");
+        assert_eq!(lines.iter().filter(|line| line.contains("own")).count(), 40);
+        assert!(suppressed_total() >= before + 35);
     }
 
     #[test]

@@ -209,7 +209,10 @@ pub async fn round(
     done.errors = survivor_errors(&history, downs).0;
     done.acknowledged = acknowledged_us.len() as u64;
     let window_end_us = if served_again { looked_until_us } else { lifted_us };
-    done.gap_us = longest_gap_touching(&acknowledged_us, met.laid_us, window_end_us).length_us();
+    let gap = longest_gap_touching(&acknowledged_us, met.laid_us, window_end_us);
+    done.gap_us = gap.length_us();
+    done.gap_after_ms =
+        (i64::try_from(gap.from_us).unwrap_or(i64::MAX) - i64::try_from(met.laid_us).unwrap_or(0)) / 1000;
     done.rejoin_gap_us = longest_gap_touching(&acknowledged_us, window_end_us, end_us).length_us();
     Ok(done)
 }

@@ -22,6 +22,8 @@ pub struct DiskRound {
     pub served_again: bool,
     /// Longest time without an acknowledged write around the fault, microseconds.
     pub gap_us: u64,
+    /// From the laying of the fault to the beginning of that time, milliseconds; less than 0 before it.
+    pub gap_after_ms: i64,
     /// The same while the node came back.
     pub rejoin_gap_us: u64,
     /// Requests that ended in anything but success; of a node that was fenced or restarted, those before it.
@@ -105,10 +107,11 @@ pub fn progress_line(round: &DiskRound, rounds: usize) -> String {
     let states: Vec<String> =
         round.states.iter().map(|seen| format!("{} at {} ms", seen.state, seen.after_ms)).collect();
     format!(
-        "round {:>2}/{rounds}: disk of {}, gap {} ms, {} errors, {} leads, {} in {} ms, {} healthy voters ({})",
+        "round {:>2}/{rounds}: disk of {}, gap {} ms from {} ms on, {} errors, {} leads, {} in {} ms, {} healthy voters ({})",
         round.round,
         round.victim,
         output::ms(round.gap_us),
+        round.gap_after_ms,
         round.errors,
         round.new_leader,
         round.rejoined,
@@ -124,6 +127,7 @@ pub fn text(report: &DrillReport<DiskRound>) -> String {
         "ROUND",
         "DISK OF",
         "GAP ms",
+        "FROM ms",
         "ERRORS",
         "SERVED AFTER",
         "FSYNC ERRORS",
@@ -141,6 +145,7 @@ pub fn text(report: &DrillReport<DiskRound>) -> String {
             round.round.to_string(),
             round.victim.clone(),
             output::ms(round.gap_us),
+            round.gap_after_ms.to_string(),
             round.errors.to_string(),
             round.served_after.to_string(),
             or_dash(round.fsync_errors),

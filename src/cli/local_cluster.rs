@@ -149,8 +149,8 @@ pub struct LocalCluster {
     program: PathBuf,
     plan: Vec<NodePlan>,
     children: Vec<Option<Running>>,
-    /// Further variables of the environment of one node.
-    env: Vec<(usize, String, OsString)>,
+    /// Further variables of the environment: of which node, or of all.
+    env: Vec<(Option<usize>, String, OsString)>,
 }
 
 struct Running {
@@ -195,15 +195,20 @@ impl LocalCluster {
         Ok(Self { program, plan, children, env: Vec::new() })
     }
 
+    /// Sets a variable of the environment of every process that is started from now on.
+    pub fn set_env(&mut self, name: &'static str, value: &'static str) {
+        self.env.push((None, name.to_owned(), value.into()));
+    }
+
     /// The plan.
     pub fn plan(&self) -> &[NodePlan] {
         &self.plan
     }
 
-    /// Sets a variable of the environment for the next starts of one node.
-    pub fn set_env(&mut self, node: usize, name: &str, value: impl Into<OsString>) {
-        self.env.retain(|(of, known, _)| (*of, known.as_str()) != (node, name));
-        self.env.push((node, name.to_owned(), value.into()));
+    /// The same for the next starts of one node.
+    pub fn set_node_env(&mut self, node: usize, name: &str, value: impl Into<OsString>) {
+        self.env.retain(|(of, known, _)| (*of, known.as_str()) != (Some(node), name));
+        self.env.push((Some(node), name.to_owned(), value.into()));
     }
 
     /// Process id of a running child.
@@ -237,7 +242,8 @@ impl LocalCluster {
         for name in ENV_OF_ONE_NODE {
             command.env_remove(name);
         }
-        command.envs(self.env.iter().filter(|(of, ..)| *of == node).map(|(_, name, value)| (name, value)));
+        let of_node = self.env.iter().filter(|(of, ..)| of.is_none_or(|of| of == node));
+        command.envs(of_node.map(|(_, name, value)| (name, value)));
         let mut child = command.spawn().map_err(|error| failed("start its process", error))?;
         // Taken out of the child: `Child::wait` would close it, and the node would stop.
         let alive = child.stdin.take();

@@ -340,6 +340,13 @@ pub static KEYS: &[Key] = &[
         Kind::Limit { field: |c| &mut c.rebuild.quarantine_days, max: 3650, unit: "days" },
         "Age at which the old files of a rebuilt node are removed from quarantine/.",
     ),
+    key(
+        "rebuild",
+        "automatic_per_day",
+        number(|c| &mut c.rebuild.automatic_per_day, 0, 1_000, "times"),
+        "How often within 24 hours a node may rebuild itself; after that an operator decides whether its disk is good \
+         enough. The leader's value counts.",
+    ),
     not_yet(
         key(
             "backup",

@@ -1,4 +1,5 @@
-//! Memory, file descriptors and start time of this process, read from `/proc` at each scrape.
+//! Memory, file descriptors and start time of this process, read from `/proc` at each scrape, and the lines left out of
+//! its log.
 //!
 //! A value that cannot be read is left out of that scrape rather than reported as 0.
 
@@ -8,7 +9,7 @@ use prometheus::Opts;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto;
 
-use crate::clock;
+use crate::{clock, logging};
 
 /// Name, help, and how it is read.
 type Gauge = (&'static str, &'static str, fn(&Process) -> Option<f64>);
@@ -23,6 +24,12 @@ const GAUGES: [Gauge; 4] = [
     }),
 ];
 
+/// Name and help of the lines that were left out.
+const SUPPRESSED: (&str, &str) = (
+    "stemedb_log_lines_suppressed_total",
+    "Log lines of libraries that were left out because the same place had just said as much.",
+);
+
 /// The collector.
 pub(super) struct Process {
     descs: Vec<Desc>,
@@ -33,17 +40,18 @@ impl Process {
     /// # Errors
     /// Never in practice: the names are constants.
     pub(super) fn new() -> Result<Self, prometheus::Error> {
-        let desc = |(name, help, _): &Gauge| {
-            let opts = Opts::new(*name, *help);
+        let desc = |(name, help)| {
+            let opts = Opts::new(name, help);
             Desc::new(opts.fq_name(), opts.help, Vec::new(), HashMap::new())
         };
-        let descs = GAUGES.iter().map(desc).collect::<Result<_, _>>()?;
+        let gauges = GAUGES.iter().map(|(name, help, _)| (*name, *help));
+        let descs = gauges.chain([SUPPRESSED]).map(desc).collect::<Result<_, _>>()?;
         Ok(Process { descs, started_unix_ms: clock::unix_ms() })
     }
 
     /// The names it reports.
     pub(super) fn names() -> impl Iterator<Item = &'static str> {
-        GAUGES.iter().map(|(name, _, _)| *name)
+        GAUGES.iter().map(|(name, _, _)| *name).chain([SUPPRESSED.0])
     }
 }
 
@@ -53,20 +61,30 @@ impl Collector for Process {
     }
 
     fn collect(&self) -> Vec<proto::MetricFamily> {
-        let family = |(name, help, read): &Gauge| {
+        let gauge = |(name, help, read): &Gauge| {
             let mut gauge = proto::Gauge::default();
             gauge.set_value(read(self)?);
             let mut metric = proto::Metric::from_label(Vec::new());
             metric.set_gauge(gauge);
-            let mut family = proto::MetricFamily::default();
-            family.set_name((*name).to_owned());
-            family.set_help((*help).to_owned());
-            family.set_field_type(proto::MetricType::GAUGE);
-            family.set_metric(vec![metric]);
-            Some(family)
+            Some(family(name, help, proto::MetricType::GAUGE, metric))
         };
-        GAUGES.iter().filter_map(family).collect()
+        let mut families: Vec<_> = GAUGES.iter().filter_map(gauge).collect();
+        let mut counter = proto::Counter::default();
+        counter.set_value(logging::suppressed_total() as f64);
+        let mut metric = proto::Metric::from_label(Vec::new());
+        metric.set_counter(counter);
+        families.push(family(SUPPRESSED.0, SUPPRESSED.1, proto::MetricType::COUNTER, metric));
+        families
     }
+}
+
+fn family(name: &str, help: &str, kind: proto::MetricType, metric: proto::Metric) -> proto::MetricFamily {
+    let mut family = proto::MetricFamily::default();
+    family.set_name(name.to_owned());
+    family.set_help(help.to_owned());
+    family.set_field_type(kind);
+    family.set_metric(vec![metric]);
+    family
 }
 
 fn resident_bytes() -> Option<f64> {
@@ -116,7 +134,7 @@ mod tests {
     #[test]
     fn this_process_has_all_of_them() {
         let families = Process::new().unwrap().collect();
-        assert_eq!(families.len(), GAUGES.len());
-        assert!(families.iter().all(|family| family.get_metric()[0].get_gauge().get_value() > 0.0));
+        assert_eq!(families.len(), GAUGES.len() + 1);
+        assert!(families.iter().take(GAUGES.len()).all(|family| family.get_metric()[0].get_gauge().get_value() > 0.0));
     }
 }

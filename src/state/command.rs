@@ -101,8 +101,8 @@ pub enum RebuildCommand {
         old_id: u64,
         /// A Raft id above every one that the leader knows of.
         id_min: u64,
-        /// Whether the node decided by itself.
-        automatic: bool,
+        /// For a rebuild that the node decided by itself: how many of those it may have within a day.
+        automatic_max: Option<u64>,
     },
     /// The fresh id is a voter: the permit is used up.
     Finish {

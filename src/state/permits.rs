@@ -17,8 +17,6 @@ use super::record::{RECORD_FORMAT, Reader, RecordError};
 pub const PERMIT_MS: u64 = 3_600_000;
 /// The span over which automatic rebuilds of a node are counted, milliseconds of log time.
 pub const AUTOMATIC_SPAN_MS: u64 = 24 * 3_600_000;
-/// Automatic rebuilds of one node within that span; after them an operator decides.
-pub const AUTOMATIC_MAX: usize = 2;
 
 /// The right to rebuild.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,9 +84,9 @@ impl Book {
     /// Carries out a command of the entry at `log_index`, at `now_ms` of log time. A refusal changes nothing.
     pub fn apply(&mut self, command: &RebuildCommand, log_index: u64, now_ms: u64) -> Result<Change, Refusal> {
         match command {
-            RebuildCommand::Grant { name, job, old_id, id_min, automatic } => {
+            RebuildCommand::Grant { name, job, old_id, id_min, automatic_max } => {
                 let id_min = (*id_min).max(log_index);
-                self.grant(name, *job, *old_id, id_min, *automatic, now_ms).map(Change::Held)
+                self.grant(name, *job, *old_id, id_min, *automatic_max, now_ms).map(Change::Held)
             }
             RebuildCommand::Finish { name, fresh_id } => {
                 self.permit.take_if(|held| held.name == *name && held.fresh_id == *fresh_id);
@@ -107,7 +105,7 @@ impl Book {
         job: u128,
         old_id: u64,
         id_min: u64,
-        automatic: bool,
+        automatic_max: Option<u64>,
         now_ms: u64,
     ) -> Result<Permit, Refusal> {
         match &mut self.permit {
@@ -123,13 +121,14 @@ impl Book {
         }
         let counts = |at: &u64| at.saturating_add(AUTOMATIC_SPAN_MS) > now_ms;
         let so_far = self.automatic.get(name).map_or(0, |times| times.iter().filter(|at| counts(at)).count());
-        if automatic && so_far >= AUTOMATIC_MAX {
-            return Err(Refusal::RebuiltTooOften { name: name.to_owned(), times: AUTOMATIC_MAX as u64 });
+        let so_far = so_far as u64;
+        if automatic_max.is_some_and(|most| so_far >= most) {
+            return Err(Refusal::RebuiltTooOften { name: name.to_owned(), times: so_far });
         }
         for times in self.automatic.values_mut() {
             times.retain(counts);
         }
-        if automatic {
+        if automatic_max.is_some() {
             self.automatic.entry(name.to_owned()).or_default().push(now_ms);
         }
         self.automatic.retain(|_, times| !times.is_empty());
@@ -142,7 +141,7 @@ impl Book {
             fresh_id,
             granted_at_ms: now_ms,
             renewed_at_ms: now_ms,
-            automatic,
+            automatic: automatic_max.is_some(),
         };
         self.permit = Some(permit.clone());
         Ok(permit)
@@ -155,7 +154,7 @@ mod tests {
     use super::*;
 
     fn grant(name: &str, job: u128, automatic: bool) -> RebuildCommand {
-        RebuildCommand::Grant { name: name.into(), job, old_id: 2, id_min: 4, automatic }
+        RebuildCommand::Grant { name: name.into(), job, old_id: 2, id_min: 4, automatic_max: automatic.then_some(2) }
     }
 
     fn held(change: Result<Change, Refusal>) -> Permit {

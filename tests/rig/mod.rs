@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use stemedb::cli::faulty_disk::FaultyDisk;
 
 /// Far above what any condition needs; only a hang ends a test by this.
-pub const HANG: Duration = Duration::from_secs(40);
+pub const HANG: Duration = Duration::from_secs(120);
 
 /// Says that a test does not run, and why; where nothing may be skipped, fails it.
 pub fn skipped(why: &str) {

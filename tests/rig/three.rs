@@ -37,7 +37,7 @@ impl Three {
             std::fs::write(node.config_file(), tuned(&text)).unwrap();
         }
         for i in 0..3 {
-            processes.set_env(i, "STEMEDB_TEST_FAIL_FILE", fail_file(dir.path(), i));
+            processes.set_node_env(i, "STEMEDB_TEST_FAIL_FILE", fail_file(dir.path(), i));
         }
         processes.start_all().unwrap();
         processes.wait_ready(HANG).await.unwrap();

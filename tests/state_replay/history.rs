@@ -114,7 +114,13 @@ impl Writer {
         match self.rng.random_range(0..4) {
             0 => RebuildCommand::Finish { name, fresh_id: self.rng.random_range(0..400) },
             1 => RebuildCommand::Cancel { name, job },
-            _ => RebuildCommand::Grant { name, job, old_id: 1, id_min: 4, automatic: self.rng.random() },
+            _ => RebuildCommand::Grant {
+                name,
+                job,
+                old_id: 1,
+                id_min: 4,
+                automatic_max: self.rng.random::<bool>().then_some(2),
+            },
         }
     }
 

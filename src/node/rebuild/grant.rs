@@ -175,7 +175,7 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
         job: ask.job,
         old_id,
         id_min: id_max.saturating_add(1),
-        automatic: ask.automatic,
+        automatic_max: ask.automatic.then_some(shared.config.rebuild.automatic_per_day),
     };
     match propose(shared, core, command).await {
         Ok(Outcome::Permit(permit)) => {

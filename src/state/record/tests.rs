@@ -130,7 +130,7 @@ fn entry() -> EntryBody {
 fn rebuild_entry() -> EntryBody {
     let name = || "node-1".to_owned();
     let ops = [
-        RebuildCommand::Grant { name: name(), job: 7, old_id: 1, id_min: 4, automatic: true },
+        RebuildCommand::Grant { name: name(), job: 7, old_id: 1, id_min: 4, automatic_max: Some(2) },
         RebuildCommand::Finish { name: name(), fresh_id: 300 },
         RebuildCommand::Cancel { name: name(), job: 7 },
     ];
@@ -140,7 +140,7 @@ fn rebuild_entry() -> EntryBody {
 
 fn book() -> Book {
     let mut book = Book::default();
-    let grant = RebuildCommand::Grant { name: "node-1".into(), job: 7, old_id: 1, id_min: 4, automatic: true };
+    let grant = RebuildCommand::Grant { name: "node-1".into(), job: 7, old_id: 1, id_min: 4, automatic_max: Some(2) };
     book.apply(&grant, 300, 5).unwrap();
     book
 }

@@ -9,6 +9,7 @@ pub mod api;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod fail_points;
 pub mod judge;
 pub mod logging;
 pub mod metrics;

@@ -4,7 +4,7 @@
 mod rig;
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -115,55 +115,21 @@ impl Cluster {
         tokio::time::timeout(HANG, wait).await.unwrap_or_else(|_| panic!("node {node} never says {state}"));
     }
 
-    /// Takes all bytes of a node's disk but these.
     fn leave_bytes(&self, node: usize, bytes: u64) {
-        let path = self.disks[node].path();
-        let file = File::options().create(true).truncate(false).write(true).open(path.join("filler")).unwrap();
-        loop {
-            let stat = rustix::fs::statvfs(path).unwrap();
-            let free = stat.f_bavail * stat.f_frsize;
-            if free <= bytes {
-                return;
-            }
-            let length = file.metadata().unwrap().len();
-            // The node may take some of it meanwhile.
-            let _ = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), length, free - bytes);
-        }
+        self.disks[node].leave_bytes(bytes);
     }
 
     /// Takes the rest of the bytes and of the inodes.
     fn leave_nothing(&self, node: usize) {
-        let path = self.disks[node].path();
-        for number in 0.. {
-            if File::options().create_new(true).write(true).open(path.join(format!("full-{number}"))).is_err()
-                && rustix::fs::statvfs(path).unwrap().f_ffree == 0
-            {
-                break;
-            }
-        }
-        let filler = File::options().write(true).open(path.join("filler")).unwrap();
-        loop {
-            let stat = rustix::fs::statvfs(path).unwrap();
-            let bytes = stat.f_bavail * stat.f_frsize;
-            if bytes == 0 {
-                break;
-            }
-            let length = filler.metadata().unwrap().len();
-            // A log line may take the last page meanwhile.
-            let _ = rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), length, bytes);
-        }
-        let stat = rustix::fs::statvfs(path).unwrap();
+        self.disks[node].leave_no_inode();
+        // A log line may take the last page meanwhile.
+        self.disks[node].leave_bytes(0);
+        let stat = rustix::fs::statvfs(self.disks[node].path()).unwrap();
         assert_eq!((stat.f_bavail, stat.f_ffree), (0, 0));
     }
 
     fn free(&self, node: usize) {
-        for entry in fs::read_dir(self.disks[node].path()).unwrap() {
-            let entry = entry.unwrap();
-            let name = entry.file_name().into_string().unwrap();
-            if name == "filler" || name.starts_with("full-") {
-                fs::remove_file(entry.path()).unwrap();
-            }
-        }
+        self.disks[node].free();
     }
 }
 

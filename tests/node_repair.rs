@@ -53,6 +53,7 @@ impl Cluster {
         config.cluster.peers = self.peers.clone();
         config.cluster.bootstrap_expect = u32::try_from(self.peers.len()).unwrap();
         config.wal.segment_size_mb = 1;
+        config.wal.retain_mb = 1;
         // Two cores run three nodes and other tests: elections by overload are not what is tested here.
         config.cluster.heartbeat_ms = 100;
         config.cluster.election_min_ms = 600;
@@ -66,20 +67,40 @@ impl Cluster {
         self.start_on(i, listener).await
     }
 
-    /// Damages every entry's payload in the first segment of a node that is down, or only the given one.
+    /// Damages every entry's payload in the log of a node that is down, or only the given ones.
     fn damage(&self, i: usize, which: impl Fn(u64) -> bool) -> u64 {
         let dir = self.dir.path().join(&self.peers[i].name).join("wal");
         let mut damaged = 0;
-        self.disks[i]
-            .corrupt(&dir.join("segment.001.wal"), |bytes| {
+        for file in self.disks[i].shared().list(&dir).unwrap() {
+            if !file.name.ends_with(".wal") {
+                continue;
+            }
+            let damage = |bytes: &mut Vec<u8>| {
                 let scan = scan_segment(bytes).unwrap();
                 for found in scan.entries.iter().filter(|f| f.located.unwrap().payload_bytes > 0 && which(f.index)) {
                     bytes[found.offset.unwrap() as usize + 72] ^= 1;
                     damaged += 1;
                 }
-            })
-            .unwrap();
+            };
+            self.disks[i].corrupt(&dir.join(&file.name), damage).unwrap();
+        }
         damaged
+    }
+}
+
+impl Cluster {
+    /// The log index of the last entry of a node that is down.
+    fn newest(&self, i: usize) -> u64 {
+        let dir = self.dir.path().join(&self.peers[i].name).join("wal");
+        let files = self.disks[i].shared().list(&dir).unwrap().into_iter().filter(|file| file.name.ends_with(".wal"));
+        let mut newest = 0;
+        for file in files {
+            let note = |bytes: &mut Vec<u8>| {
+                newest = scan_segment(bytes).unwrap().entries.iter().map(|f| f.index).max().unwrap_or(0).max(newest);
+            };
+            self.disks[i].corrupt(&dir.join(&file.name), note).unwrap();
+        }
+        newest
     }
 }
 
@@ -104,11 +125,15 @@ async fn all_ready(nodes: &[Arc<Node>]) {
 }
 
 async fn write(node: &Node, n: u128) {
+    write_value(node, n, n.to_string()).await;
+}
+
+async fn write_value(node: &Node, n: u128, value_json: String) {
     let assertion = NewAssertion {
         id: Uuid::from_u128(n),
         concept_path: "test/a".into(),
         predicate: "p".into(),
-        value_json: n.to_string(),
+        value_json,
         source: None,
         confidence: None,
         epoch: None,
@@ -202,4 +227,42 @@ async fn a_single_node_refuses_and_names_the_command() {
     let text = error.to_string();
     assert!(text.contains("stemedb-wal-repair --segment") && text.contains("may have been acknowledged"), "{text}");
     assert!(Path::new(&cluster.dir.path().join("node-1")).exists());
+}
+
+/// The entry that says who votes is long purged: the newest checkpoint says it too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_purged_log_that_is_damaged_knows_who_votes() {
+    let (cluster, nodes) = Cluster::new(3).await;
+    all_ready(&nodes).await;
+    let purged = async || {
+        let members = nodes[0].cluster().await.members;
+        members.iter().any(|m| m.name == "node-1" && m.purged_log_index.is_some_and(|index| index > 2))
+    };
+    let mut n = 0;
+    while !purged().await {
+        n += 1;
+        write_value(&nodes[0], n, format!("\"{}\"", "x".repeat(200_000))).await;
+    }
+    write(&nodes[0], 10_000).await;
+    for node in nodes {
+        node.shutdown().await;
+    }
+    let last = cluster.newest(0);
+    assert!(cluster.damage(0, |index| index + 2 >= last) > 0);
+    let alone = cluster.restart(0).await.unwrap();
+    until("a node that says for whom it waits", async || {
+        alone.health().repairing.is_some_and(|why| why.contains("waiting for"))
+    })
+    .await;
+    let why = alone.health().repairing.unwrap();
+    assert!(!why.contains("who votes is not known"), "{why}");
+    let mut others = Vec::new();
+    for i in 1..3 {
+        others.push(cluster.restart(i).await.unwrap());
+    }
+    all_ready(&[Arc::clone(&alone), Arc::clone(&others[0]), Arc::clone(&others[1])]).await;
+    assert!(has(&alone, 10_000).await, "the last write is gone");
+    for node in others.into_iter().chain([alone]) {
+        node.shutdown().await;
+    }
 }

@@ -16,6 +16,21 @@ pub type ClusterId = [u8; 16];
 /// [`crate::Limits::control_bytes_max`] bytes.
 pub const PROBE_KINDS: u16 = 16;
 
+/// Low bits of a boot that are drawn at each start. A copy of a folder that was taken at a stop and is put back after
+/// one more run has the count of that run, and only these bits tell the two apart.
+const DRAWN_BITS: u32 = 24;
+
+/// What a node speaks with in one run: its boot count, which it has raised and synced, and bits drawn for this run.
+pub fn boot_of(count: u64, drawn: u64) -> u64 {
+    (count << DRAWN_BITS) | (drawn & ((1 << DRAWN_BITS) - 1))
+}
+
+/// Whether who speaks with `boot` runs on an older copy of the folder of whom `highest` was seen.
+pub fn is_old_copy(boot: u64, highest: u64) -> bool {
+    let count = |boot: u64| boot >> DRAWN_BITS;
+    boot < highest || (boot != highest && count(boot) == count(highest) && count(boot) > 0)
+}
+
 /// The identity of this node at one moment. All zero: it has none yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LocalIdentity {
@@ -23,7 +38,7 @@ pub struct LocalIdentity {
     pub cluster_id: ClusterId,
     /// Its Raft id, never used twice in a cluster. 0 for none.
     pub node_id: u64,
-    /// Raised by one and synced at each start.
+    /// See [`boot_of`].
     pub boot: u64,
 }
 
@@ -47,7 +62,7 @@ pub struct PeerHello {
     pub node_id: u64,
     /// The Raft id the sender means to reach; 0 when it does not know.
     pub target_id: u64,
-    /// The sender's boot count.
+    /// The sender's boot, see [`boot_of`].
     pub boot: u64,
     /// The lane the connection was opened for.
     pub lane: Lane,
@@ -56,7 +71,7 @@ pub struct PeerHello {
 }
 
 /// Whether a request of this kind with this header may be handled by `local`, when `boot_highest` is the highest boot
-/// count seen so far from that sender (`None`: none seen). Pure.
+/// seen so far from that sender (`None`: none seen). Pure.
 pub fn judge(local: &LocalIdentity, hello: &PeerHello, kind: u16, boot_highest: Option<u64>) -> Result<(), Refusal> {
     if kind < PROBE_KINDS {
         return Ok(());
@@ -76,9 +91,9 @@ pub fn judge(local: &LocalIdentity, hello: &PeerHello, kind: u16, boot_highest: 
         return Err(Refusal::new(code::WRONG_TARGET, text));
     }
     match boot_highest {
-        Some(highest) if hello.boot < highest => Err(Refusal::new(
+        Some(highest) if is_old_copy(hello.boot, highest) => Err(Refusal::new(
             code::STALE_BOOT,
-            format!("node {} runs boot {} but boot {highest} was seen: an old copy", hello.node_id, hello.boot),
+            format!("node {} runs boot {:#x} but boot {highest:#x} was seen: an old copy", hello.node_id, hello.boot),
         )),
         _ => Ok(()),
     }
@@ -92,6 +107,16 @@ pub(crate) fn hex(id: &ClusterId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_runs_with_one_count_are_told_apart() {
+        let (first, other, later) = (boot_of(5, 70), boot_of(5, 71), boot_of(6, 0));
+        assert!(!is_old_copy(first, first));
+        assert!(is_old_copy(first, other) && is_old_copy(other, first), "whichever was seen first counts");
+        assert!(is_old_copy(other, later) && !is_old_copy(later, other));
+        // What was noted before runs had drawn bits, and what no run speaks with.
+        assert!(!is_old_copy(first, 9) && is_old_copy(8, 9) && !is_old_copy(9, 8));
+    }
 
     fn local() -> LocalIdentity {
         LocalIdentity { cluster_id: [7; 16], node_id: 2, boot: 5 }

@@ -17,6 +17,7 @@ pub mod codec;
 pub mod disk;
 pub mod entry;
 pub mod error;
+pub mod fail_point;
 pub mod frame;
 pub mod group;
 pub mod handle;

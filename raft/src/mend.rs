@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, io, sync::Arc};
 
 use crate::{
     disk::Disk,
+    fail_point,
     frame::{
         BLOCK_BYTES, CUT_BYTES, CUT_OFFSETS, EntryKind, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, ROW_BYTES,
         ROWS_OFFSET, SegmentHeader, data_offset, frame_bytes, log_id, payload_crc,
@@ -67,6 +68,7 @@ pub fn mend(
     }
     for run in homeless {
         make_segment(disk, options, looked, &run)?;
+        fail_point::own("repair.segment_made");
     }
     Ok(Mended::NewSegments)
 }
@@ -199,7 +201,9 @@ fn write_places(looked: &mut Looked, places: &[Place<'_>]) -> io::Result<()> {
     }
     for (owner, patch) in &patches {
         patch.write()?;
+        fail_point::own("repair.places_written");
         patch.verify()?;
+        fail_point::own("repair.places_verified");
         let Some(detail) = looked.log.details.get_mut(*owner) else { continue };
         detail.stale.clear();
         detail.unreadable.clear();

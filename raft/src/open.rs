@@ -9,7 +9,8 @@ use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 use crate::{
     disk::{Disk, DiskFile, FolderLock},
     error::{Damage, OpenError},
-    frame::{BLOCK_BYTES, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader, log_id, row_capacity},
+    fail_point,
+    frame::{BLOCK_BYTES, HEADER_BYTES, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader, log_id, row_capacity},
     hard_state::{FoundState, HardState},
     index::{Located, LogIndex, segment_name, segment_number},
     joined::{Joined, Scanned, Trouble},
@@ -140,9 +141,9 @@ pub fn look(disk: &dyn Disk, options: &WalOptions) -> Result<Looked, Trouble> {
     let mut useless = Vec::new();
     // One buffer for all segments: recovery needs no more memory for a log of many.
     let mut buf = Vec::new();
-    let newest = numbers.last().copied();
+    let newest = newest_segment(disk, dir, &numbers)?;
     for number in numbers {
-        match read_segment(disk, dir, number, Some(number) == newest, &mut buf, &mut report)? {
+        match read_segment(disk, dir, number, Some(number) >= newest, &mut buf, &mut report)? {
             Ok(scanned) => {
                 log.add(&scanned)?;
                 last = Some(scanned);
@@ -171,6 +172,7 @@ pub fn look(disk: &dyn Disk, options: &WalOptions) -> Result<Looked, Trouble> {
         });
     }
     let lacking = lacking(&log.slots(), log.durable_end);
+    fail_point::own("recovery.looked");
     Ok(Looked { hard, log, last, lacking, report, useless })
 }
 
@@ -186,6 +188,7 @@ pub fn finish(
     for (number, _) in useless.into_iter().filter(|(n, _)| last.as_ref().is_none_or(|last| *n > last.number)) {
         // The next segment takes its name.
         set_aside(disk, dir, number).map_err(io_at("set aside a useless segment in", dir))?;
+        fail_point::own("recovery.set_aside");
     }
     if end < log.end() {
         report.tail_cut_from = Some(end);
@@ -195,10 +198,12 @@ pub fn finish(
     log.check_terms()?;
     // A process that was killed may have left names, or the removal of names, that only the page cache knows.
     disk.sync_dir(dir).map_err(io_at("sync folder", dir))?;
+    fail_point::own("recovery.folder_synced");
     let tail = match last {
         Some(last) => make_durable(&log, last, report.tail_cut_from.is_some(), dir)?,
         None => None,
     };
+    fail_point::own("recovery.durable");
     report.segments = log.segments.len();
     let last_crc = log.last_crc();
     let committed_end = log.committed_end.min(log.end());
@@ -236,6 +241,25 @@ fn list_segments(disk: &dyn Disk, dir: &Path, report: &mut RecoveryReport) -> Re
     }
     numbers.sort_unstable();
     Ok(numbers)
+}
+
+/// The newest file that is a segment. Others may lie behind it, and must not make it count as one that was sealed: of
+/// those the page cache is believed.
+fn newest_segment(disk: &dyn Disk, dir: &Path, numbers: &[u64]) -> Result<Option<u64>, OpenError> {
+    for number in numbers.iter().rev() {
+        let path = dir.join(segment_name(*number));
+        let file = disk.open(&path).map_err(io_at("open", &path))?;
+        let mut bytes = [0; HEADER_BYTES];
+        for at in HEADER_OFFSETS {
+            // What cannot be read is looked at closely later.
+            let read = file.read_at(&mut bytes, at).unwrap_or_default();
+            let header = SegmentHeader::decode(bytes.get(..read).unwrap_or_default());
+            if header.is_ok_and(|header| header.number == *number) {
+                return Ok(Some(*number));
+            }
+        }
+    }
+    Ok(numbers.last().copied())
 }
 
 /// A segment, or why its file is none.

@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, io, sync::Arc};
 use crate::{
     disk::{Disk, FolderLock},
     error::{Damage, OpenError},
+    fail_point,
     frame::{EntryKind, FRAME_HEADER_BYTES, FrameHeader, log_id, payload_crc, term_of},
     joined::{Bad, Trouble},
     mend::{Mended, mend},
@@ -419,7 +420,10 @@ impl PendingLog {
         let fetched: BTreeMap<u64, EntryCopy> = fetched.into_iter().filter(|(index, _)| *index < end).collect();
         let lost = |why: String| Ok(Step::Lost(LostLog { why, damage: damage.clone() }));
         let indexes: Vec<u64> = fetched.keys().copied().collect();
-        match mend(&*disk, &options, &mut looked, &fetched, end) {
+        fail_point::own("repair.fetched");
+        let mended = mend(&*disk, &options, &mut looked, &fetched, end);
+        fail_point::own("repair.mended");
+        match mended {
             Ok(Mended::InPlace) => {
                 looked.report.repaired = indexes;
                 done(open::finish(&*disk, &options.dir, lock, looked, end))

@@ -17,6 +17,7 @@ use crate::{
     disk::Disk,
     entry,
     error::{Latched, OpenError},
+    fail_point,
     open::{Opened, RecoveryReport},
     options::WalOptions,
     pending::{self, PendingLog},
@@ -117,6 +118,7 @@ pub(crate) fn start(step: pending::Step, disk: Arc<dyn Disk>, options: WalOption
         let path = options.dir.clone();
         move |source| OpenError::Io { operation, path, source }
     };
+    fail_point::own("recovery.writes");
     let Opened { lock, hard, index, tail, last_crc, committed_end, report } = opened;
     let shared = Shared::new(index, hard.vote, committed_end, Arc::clone(&options.io_times));
     let writer = Writer::new(options.clone(), disk, Arc::clone(&shared), hard, tail, last_crc, lock)
@@ -322,6 +324,7 @@ impl RaftLogStorage<TypeConfig> for WalStore {
         if let Some(latched) = self.inner.shared.latched() {
             return Err(latched.into());
         }
+        fail_point::own("task.raft");
         let entries: Vec<Entry> = entries.into_iter().collect();
         let encoded = entries.iter().map(entry::encode).collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
         let bytes: usize = encoded.iter().map(cost_bytes).sum();

@@ -6,6 +6,7 @@
 //! ends; and each is in a process group of its own, so that Ctrl-C reaches only the parent.
 //! Nothing here deletes a file, and nothing restarts a child by itself.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::TcpListener;
@@ -148,7 +149,8 @@ pub struct LocalCluster {
     program: PathBuf,
     plan: Vec<NodePlan>,
     children: Vec<Option<Running>>,
-    env: Vec<(&'static str, &'static str)>,
+    /// Further variables of the environment: of which node, or of all.
+    env: Vec<(Option<usize>, String, OsString)>,
 }
 
 struct Running {
@@ -195,12 +197,18 @@ impl LocalCluster {
 
     /// Sets a variable of the environment of every process that is started from now on.
     pub fn set_env(&mut self, name: &'static str, value: &'static str) {
-        self.env.push((name, value));
+        self.env.push((None, name.to_owned(), value.into()));
     }
 
     /// The plan.
     pub fn plan(&self) -> &[NodePlan] {
         &self.plan
+    }
+
+    /// The same for the next starts of one node.
+    pub fn set_node_env(&mut self, node: usize, name: &str, value: impl Into<OsString>) {
+        self.env.retain(|(of, known, _)| (*of, known.as_str()) != (Some(node), name));
+        self.env.push((Some(node), name.to_owned(), value.into()));
     }
 
     /// Process id of a running child.
@@ -234,7 +242,8 @@ impl LocalCluster {
         for name in ENV_OF_ONE_NODE {
             command.env_remove(name);
         }
-        command.envs(self.env.iter().copied());
+        let of_node = self.env.iter().filter(|(of, ..)| of.is_none_or(|of| of == node));
+        command.envs(of_node.map(|(_, name, value)| (name, value)));
         let mut child = command.spawn().map_err(|error| failed("start its process", error))?;
         // Taken out of the child: `Child::wait` would close it, and the node would stop.
         let alive = child.stdin.take();

@@ -41,6 +41,7 @@ impl EntryApplier for NodeApplier {
         log_index: u64,
         body: &EntryBody,
     ) -> Result<(WriteBatch, Vec<CommandOutcome>), EngineError> {
+        crate::fail_points::task("task.apply");
         self.applier.apply(read, log_index, body)
     }
 

@@ -1,7 +1,7 @@
-//! The highest boot count seen of each other node.
+//! The newest boot seen of each other node.
 //!
-//! A node that comes back with a lower boot count than it already had runs on an old copy of its
-//! folder: its log or vote may be older than what it has promised, so nothing it says is taken.
+//! A node that comes back with a lower boot count than it already had, or with the same one in another run, runs on an
+//! old copy of its folder: its log or vote may be older than what it has promised, so nothing it says is taken.
 //! The counts are kept in the file `peers-seen`; a message of a new boot is answered only after its
 //! count is durable here, so that the memory of it cannot be lost with the next crash.
 
@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use stemedb_net::is_old_copy;
 use stemedb_raft::io_times::IoTimes;
 use tokio::sync::watch;
 
@@ -44,8 +45,8 @@ struct Table {
 /// The node runs on an old copy of its folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "boot count {boot} of node {node_id} is lower than {highest}, which was seen before: it runs on an old copy of its data \
-     folder; replace it by a new member with an empty one"
+    "node {node_id} speaks with boot {boot:#x} after {highest:#x} was seen: it runs on an old copy of its data folder; replace \
+     it by a new member with an empty one"
 )]
 pub struct StaleBoot {
     /// Raft id of the node.
@@ -83,7 +84,7 @@ impl SeenBoots {
     pub fn observe(&self, node_id: u64, boot: u64) -> Result<u64, StaleBoot> {
         let mut table = self.inner.table.lock().unwrap_or_else(PoisonError::into_inner);
         match table.highest.get(&node_id).copied() {
-            Some(highest) if boot < highest => return Err(StaleBoot { node_id, boot, highest }),
+            Some(highest) if is_old_copy(boot, highest) => return Err(StaleBoot { node_id, boot, highest }),
             Some(highest) if boot == highest => return Ok(table.version),
             _ => {}
         }
@@ -161,6 +162,11 @@ mod tests {
         let newer = again.observe(2, 8).unwrap();
         again.wait_saved(newer).await.unwrap();
         assert!(again.observe(3, 1).is_ok());
+        // A copy that was taken at a stop and put back after one more run has the same count, and is another run.
+        let run = again.observe(4, stemedb_net::boot_of(3, 17)).unwrap();
+        again.wait_saved(run).await.unwrap();
+        assert!(again.observe(4, stemedb_net::boot_of(3, 18)).is_err());
+        assert!(again.observe(4, stemedb_net::boot_of(3, 17)).is_ok());
     }
 
     #[tokio::test]

@@ -96,7 +96,8 @@ impl Place<'_> {
 
 /// From now on this node speaks under `identity`.
 pub fn assume(shared: &Shared, identity: Identity) {
-    let local = LocalIdentity { cluster_id: identity.cluster_id, node_id: identity.raft_id, boot: identity.boot };
+    let local =
+        LocalIdentity { cluster_id: identity.cluster_id, node_id: identity.raft_id, boot: identity.spoken_boot() };
     shared.identity.store(Arc::new(Some(identity)));
     shared.local.store(Arc::new(local));
 }

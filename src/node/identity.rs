@@ -111,6 +111,13 @@ impl Identity {
         Ok(Some(Identity { cluster_id, name, raft_id, boot }))
     }
 
+    /// The boot under which this node speaks from now on, another one with each call: once per run.
+    pub fn spoken_boot(&self) -> u64 {
+        // The low half of such an id is drawn.
+        let drawn = uuid::Uuid::now_v7().as_u128() & u128::from(u64::MAX);
+        stemedb_net::boot_of(self.boot, u64::try_from(drawn).unwrap_or_default())
+    }
+
     /// Checks the name, raises the boot count by one and saves it. Called once per start, before any
     /// message is sent under this identity.
     pub fn begin_boot(mut self, data_dir: &Path, configured: &str) -> Result<Identity, IdentityError> {

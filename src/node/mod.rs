@@ -31,6 +31,7 @@ pub mod identity;
 pub mod kinds;
 pub mod log_time;
 pub mod messages;
+mod old_copy;
 pub mod park;
 mod peers;
 pub mod process;

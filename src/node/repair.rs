@@ -22,7 +22,7 @@ use super::{
     process::Process,
     start::{StartError, blocking},
 };
-use crate::{config::PeerEntry, state::engine::checkpoint::Checkpoint};
+use crate::{config::PeerEntry, state::machine::newest_checkpoint};
 
 /// How often the peers are asked again.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
@@ -56,14 +56,14 @@ pub struct Asking {
 pub async fn begin(process: &Process, shared: &Shared) -> Result<Begun, StartError> {
     let config = &process.config;
     let options = super::start::wal_options(process);
-    let (disk, checkpoint_dir) = (Arc::clone(&process.disk), config.node.data_dir.join("checkpoint"));
+    let (disk, data_dir) = (Arc::clone(&process.disk), config.node.data_dir.clone());
     let step = blocking(move || WalStore::begin_open(disk, options)).await??;
     let OpenStep::AskPeers(pending) = step else { return Ok(Begun::Open(opened(step, shared)?)) };
     for damage in pending.damage() {
         tracing::error!("{damage}");
     }
     shared.entry_source.store(Some(Arc::new(pending.source())));
-    let applied = blocking(move || applied_membership(&checkpoint_dir)).await?;
+    let applied = blocking(move || applied_membership(&data_dir)).await?;
     let own = own_id(shared);
     let (pending, electorate) = blocking({
         let applied = applied.clone();
@@ -87,17 +87,11 @@ fn own_id(shared: &Shared) -> Option<u64> {
 }
 
 /// The membership below everything that the log still has: it was purged only up to a checkpoint.
-fn applied_membership(checkpoint_dir: &std::path::Path) -> StoredMembership {
-    if !checkpoint_dir.exists() {
-        return StoredMembership::default();
-    }
-    match Checkpoint::load(checkpoint_dir) {
-        Ok(checkpoint) => checkpoint.applied().membership.clone(),
-        Err(error) => {
-            // Then nobody's word counts, and nothing is discarded.
-            tracing::warn!(%error, "the newest checkpoint cannot be read: the voters are known from the log alone");
-            StoredMembership::default()
-        }
+fn applied_membership(data_dir: &std::path::Path) -> StoredMembership {
+    match newest_checkpoint(data_dir) {
+        Some(checkpoint) => checkpoint.applied().membership.clone(),
+        // A node that has purged something has one. If it cannot be read nobody's word counts, and nothing is discarded.
+        None => StoredMembership::default(),
     }
 }
 

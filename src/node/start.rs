@@ -337,7 +337,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
     let local = own.as_ref().map_or_else(LocalIdentity::default, |id| LocalIdentity {
         cluster_id: id.cluster_id,
         node_id: id.raft_id,
-        boot: id.boot,
+        boot: id.spoken_boot(),
     });
     let local = Arc::new(ArcSwap::from_pointee(local));
     let connections = Peers::new(Arc::clone(&local), Limits::default(), process.boots.clone());
@@ -476,6 +476,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));
     vital.spawn("the task that scrubs", super::scrub::run(Arc::clone(&shared)));
     vital.spawn("the task that waits for readiness", catch_up(Arc::clone(&shared)));
+    vital.spawn("the task that hears of newer runs", super::old_copy::watch(Arc::clone(&shared)));
     Ok(())
 }
 

@@ -60,6 +60,7 @@ pub async fn run(shared: Arc<Shared>) {
             () = shared.core_stop.cancelled() => return,
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
+        crate::fail_points::task("task.upkeep");
         let is_full = shared.space.report().borrow().level != Level::Room;
         // Whole segments go, so that less than one is not worth a checkpoint.
         let retain_bytes = if is_full { segment_bytes.min(retain_bytes) } else { retain_bytes };

@@ -38,6 +38,7 @@ use bytes::Bytes;
 pub use applied::AppliedState;
 pub use damage::TreeDamage;
 pub use error::{EngineError, ErrorClass};
+pub use latch::POINTS;
 pub use snapshot::Snapshot;
 
 /// Hears what the engine does, for metrics. Called from its threads; must not block.

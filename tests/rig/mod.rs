@@ -1,6 +1,8 @@
 //! What tests on real file systems share: who may run, disks that fail, disks that are small, processes that stand still.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout)]
 
+pub mod three;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -107,6 +109,43 @@ impl SmallDisk {
 
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Takes all bytes but these.
+    pub fn leave_bytes(&self, bytes: u64) {
+        let file = File::options().create(true).truncate(false).write(true).open(self.path().join("filler")).unwrap();
+        loop {
+            let stat = rustix::fs::statvfs(self.path()).unwrap();
+            let free = stat.f_bavail * stat.f_frsize;
+            if free <= bytes {
+                return;
+            }
+            let length = file.metadata().unwrap().len();
+            // A node may take some of it meanwhile.
+            let _ = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), length, free - bytes);
+        }
+    }
+
+    /// Takes all inodes.
+    pub fn leave_no_inode(&self) {
+        for number in 0.. {
+            let path = self.path().join(format!("full-{number}"));
+            let made = File::options().create_new(true).write(true).open(path);
+            if made.is_err() && rustix::fs::statvfs(self.path()).unwrap().f_ffree == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Gives back what was taken.
+    pub fn free(&self) {
+        for entry in std::fs::read_dir(self.path()).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            if name == "filler" || name.starts_with("full-") {
+                std::fs::remove_file(entry.path()).unwrap();
+            }
+        }
     }
 }
 

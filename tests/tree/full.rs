@@ -30,11 +30,18 @@ fn on_a_disk_of(options: &str, name: &str) {
             assert!(text.contains("1 passed"), "{text}");
         }
         Ok(output) if output.status.code() == Some(77) || !is_root() => {
-            println!("SKIPPED: no file system can be mounted here");
+            skipped("no file system can be mounted here");
         }
         Ok(output) => panic!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)),
-        Err(error) => println!("SKIPPED: unshare: {error}"),
+        Err(error) => skipped(&format!("unshare: {error}")),
     }
+}
+
+/// Says that a test does not run, and why; where nothing may be skipped, fails it.
+fn skipped(why: &str) {
+    println!("SKIPPED: {why}");
+    let may_not = std::env::var_os("STEMEDB_TEST_NO_SKIPS").is_some_and(|value| value == "1");
+    assert!(!may_not, "nothing may be skipped here: {why}");
 }
 
 fn is_root() -> bool {

@@ -65,7 +65,8 @@ fn damage(rng: &mut StdRng, path: &Path, good: &[u8]) -> bool {
     let blocks = bad.len().div_ceil(BLOCK);
     let at = rng.random_range(0..blocks) * BLOCK;
     let end = (at + BLOCK).min(bad.len());
-    match rng.random_range(0..7) {
+    // Half of them are reads that fail.
+    match if rng.random_bool(0.5) { 5 } else { rng.random_range(0..7) } {
         0 => rng.fill(&mut bad[at..end]),
         1 => bad[at..end].fill(0),
         2 => {
@@ -167,7 +168,7 @@ fn random_damage_never_gives_a_wrong_answer() {
     let dir = tempfile::tempdir().unwrap();
     let model = tree_of(dir.path());
     let mut count = Count::default();
-    for seed in 0..rounds {
+    for seed in (0..rounds).skip(slice().0).step_by(slice().1) {
         let mut rng = StdRng::seed_from_u64(seed);
         let all = files(dir.path());
         let path = all[rng.random_range(0..all.len())].clone();
@@ -175,7 +176,7 @@ fn random_damage_never_gives_a_wrong_answer() {
         round(&mut rng, dir.path(), &path, &model, before_start, &mut count);
     }
     println!("{rounds} damages: {count:?}");
-    assert!(count.refused > 0 && count.errors > 0 && count.right > count.errors);
+    assert!(count.refused > 0 && count.errors > 0 && count.right > 0);
 }
 
 /// Every bit of a table, sampled unless `STEMEDB_TEST_FULL`.
@@ -187,7 +188,7 @@ fn flipped_bits_of_a_table_never_give_a_wrong_answer() {
     let good = fs::read(&path).unwrap();
     let every = if std::env::var_os("STEMEDB_TEST_FULL").is_some() { 1 } else { good.len() * 8 / 150 };
     let (mut refused, mut errors, mut silent) = (0, 0, 0);
-    for bit in (0..good.len() * 8).step_by(every) {
+    for bit in (0..good.len() * 8).skip(slice().0).step_by(every * slice().1) {
         let mut bad = good.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
         fs::write(&path, bad).unwrap();
@@ -230,7 +231,7 @@ fn a_randomly_damaged_checkpoint_is_never_used() {
     engine.close();
     let mut paths: Vec<PathBuf> = made.files().iter().map(|file| made.dir().join(&file.name)).collect();
     paths.push(made.dir().join("checkpoint.manifest"));
-    for seed in 0..rounds {
+    for seed in (0..rounds).skip(slice().0).step_by(slice().1) {
         let mut rng = StdRng::seed_from_u64(seed);
         let path = &paths[rng.random_range(0..paths.len())];
         let good = fs::read(path).unwrap();

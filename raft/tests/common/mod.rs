@@ -226,3 +226,10 @@ pub fn settle(sims: &[SimDisk]) -> Vec<Found> {
         }
     }
 }
+
+/// `STEMEDB_TEST_SLICE=2/8`: of a long run only each eighth case, from the third on. (which, of how many)
+pub fn slice() -> (usize, usize) {
+    let Ok(text) = std::env::var("STEMEDB_TEST_SLICE") else { return (0, 1) };
+    let (which, of) = text.split_once('/').expect("two numbers with a slash between them");
+    (which.parse().unwrap(), of.parse().unwrap())
+}

@@ -1,7 +1,7 @@
 //! Named places at which a test ends a rebuild, as a kill of the process would.
 //!
 //! Only builds with debug assertions have them: in a release build [`hit`] is empty. A test in one process arms a
-//! point for a data folder; a server process takes the name of one from `STEMEDB_TEST_FAIL_POINT` and aborts there.
+//! point for a data folder; server processes abort there as `stemedb_raft::fail_point` says.
 
 use std::sync::Arc;
 
@@ -87,9 +87,8 @@ mod armed {
     }
 
     pub(super) fn hit(data_dir: &Path, point: &'static str) -> Result<(), super::Stopped> {
-        if std::env::var("STEMEDB_TEST_FAIL_POINT").is_ok_and(|wanted| wanted == point) {
-            std::process::abort();
-        }
+        debug_assert!(super::POINTS.contains(&point), "{point} is in no list");
+        stemedb_raft::fail_point::pass(point);
         let then = {
             let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
             match armed.get(data_dir).is_some_and(|(wanted, _)| wanted == point) {

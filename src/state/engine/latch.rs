@@ -118,7 +118,30 @@ impl Inner {
 /// Called with the name of each step before it is taken; its error is taken for the step's own.
 pub type FailPoint = Arc<dyn Fn(&'static str) -> std::io::Result<()> + Send + Sync>;
 
+/// Every named step. Server processes of tests are killed at each (`stemedb_raft::fail_point`).
+pub const POINTS: &[&str] = &[
+    "flush.tables",
+    "flush.tables-written",
+    "flush.manifest",
+    "flush.manifest-written",
+    "compact.tables",
+    "compact.manifest-written",
+    "checkpoint.begin",
+    "checkpoint.linked",
+    "checkpoint.manifest",
+    "checkpoint.manifest-written",
+    "replace.begin",
+    "replace.built",
+    "replace.pointed",
+    "replace.marked",
+    "replace.quarantined",
+    "replace.moved",
+    "replace.done",
+];
+
 pub(crate) fn step(fail_point: &Option<FailPoint>, name: &'static str) -> std::io::Result<()> {
+    debug_assert!(POINTS.contains(&name), "{name} is in no list");
+    stemedb_raft::fail_point::pass(name);
     fail_point.as_ref().map_or(Ok(()), |fails| fails(name))
 }
 

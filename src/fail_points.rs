@@ -1,0 +1,25 @@
+//! All named places at which tests end the process or one of its tasks, in one list: `tests/kill_points.rs` kills real
+//! servers at each of them. See `stemedb_raft::fail_point`.
+
+use stemedb_raft::fail_point;
+
+use crate::{node::rebuild, state::engine};
+
+/// Where the tasks pass that are vital, each by its name; the node must end when one of them dies.
+pub const TASKS: &[&str] = &["task.apply", "task.upkeep"];
+
+/// Where the process may be killed.
+pub fn points() -> impl Iterator<Item = &'static str> {
+    [fail_point::POINTS, engine::POINTS, rebuild::fail_point::POINTS].into_iter().flatten().copied()
+}
+
+/// Where a task may die.
+pub fn tasks() -> impl Iterator<Item = &'static str> {
+    fail_point::TASKS.iter().chain(TASKS).copied()
+}
+
+/// Passes a point of [`TASKS`].
+pub(crate) fn task(point: &'static str) {
+    debug_assert!(TASKS.contains(&point), "{point} is in no list");
+    fail_point::pass(point);
+}

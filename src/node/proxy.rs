@@ -228,6 +228,7 @@ mod tests {
             replication: None,
             may_not_lead: None,
             fsync_p99_ms: None,
+            drain: Default::default(),
             membership: None,
             room: Default::default(),
         }

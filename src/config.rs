@@ -101,6 +101,10 @@ pub struct ClusterSection {
     pub slow_fsync_ms: u64,
     /// Whether this node rebuilds itself from a replica when its disk fails or its files are lost.
     pub auto_rebuild: bool,
+    /// How long a node that leaves traffic goes on as before, so that load balancers notice, milliseconds.
+    pub drain_notice_ms: u64,
+    /// How long a process that was told to stop may take to leave traffic and answer its requests, milliseconds.
+    pub stop_deadline_ms: u64,
 }
 
 /// One node of `[[cluster.peers]]`.
@@ -277,6 +281,11 @@ impl Default for ClusterSection {
             stall_fence_ms: 10_000,
             slow_fsync_ms: 100,
             auto_rebuild: true,
+            // Above a probe every 500 ms of which three must fail, with a margin.
+            drain_notice_ms: 2_000,
+            // The notice, the deadline of a request and a transfer of leadership; below the 30 s after which the usual
+            // supervisors kill.
+            stop_deadline_ms: 15_000,
         }
     }
 }

@@ -3,6 +3,8 @@
 
 use stemedb_raft::fail_point;
 
+#[cfg(debug_assertions)]
+use crate::node::flows;
 use crate::{node::rebuild, state::engine};
 
 /// Where the tasks pass that are vital, each by its name; the node must end when one of them dies.
@@ -11,6 +13,13 @@ pub const TASKS: &[&str] = &["task.apply", "task.upkeep"];
 /// Where the process may be killed.
 pub fn points() -> impl Iterator<Item = &'static str> {
     [fail_point::POINTS, engine::POINTS, rebuild::fail_point::POINTS].into_iter().flatten().copied()
+}
+
+/// Whether a point is in any list: those above, and those at which a test holds or ends a flow within its own process.
+#[cfg(debug_assertions)]
+pub(crate) fn is_known(point: &str) -> bool {
+    let flows = [rebuild::fail_point::TREE_POINTS, flows::fail_point::DRAIN_POINTS, flows::fail_point::FAILOVER_POINTS];
+    points().chain(flows.into_iter().flatten().copied()).any(|known| known == point)
 }
 
 /// Where a task may die.

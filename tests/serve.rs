@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
 
 use std::net::TcpListener;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -68,6 +69,37 @@ async fn a_folder_in_use_is_refused_and_its_owner_goes_on() {
     assert_eq!(std::fs::read_to_string(node.dir.join("pid")).unwrap(), pid_before);
     cluster.wait_ready(READY).await.unwrap();
     cluster.stop_all().await.unwrap();
+}
+
+#[test]
+fn the_service_manager_hears_of_the_start_and_of_the_stop() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_cluster, node) = one_node(dir.path());
+    let socket = dir.path().join("notify");
+    let manager = UnixDatagram::bind(&socket).unwrap();
+    manager.set_read_timeout(Some(READY)).unwrap();
+    let mut bytes = [0; 512];
+    let mut heard = |wanted: &str| {
+        loop {
+            let length = manager.recv(&mut bytes).unwrap_or_else(|e| panic!("waited in vain for {wanted}: {e}"));
+            if String::from_utf8_lossy(&bytes[..length]).starts_with(wanted) {
+                return;
+            }
+        }
+    };
+    let mut server = Command::new(env!("CARGO_BIN_EXE_stemedb"))
+        .args(["serve", "--config", node.config_file().to_str().unwrap()])
+        .env("NOTIFY_SOCKET", &socket)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    heard("READY=1");
+    heard("STATUS=ok: leader");
+    let pid = rustix::process::Pid::from_child(&server);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    heard("STOPPING=1");
+    assert!(server.wait().unwrap().success());
 }
 
 #[test]

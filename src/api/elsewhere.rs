@@ -77,14 +77,13 @@ pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response
     timeout_at(deadline, ask_each).await.ok().flatten()
 }
 
-/// The answer of the node at `addr` to the same question, or to the same order with this body.
-pub async fn pass_on(api: &Api, asked: &Asked, addr: &str, body: Option<Bytes>) -> Result<Response, String> {
+/// The answer of the node at `addr` to the same question or order.
+pub async fn pass_on(api: &Api, asked: &Asked, addr: &str, method: Method, body: Bytes) -> Result<Response, String> {
     if asked.passed_on {
         return Err("this request was passed on already".to_owned());
     }
     let _place = api.passed_on.acquire().await.map_err(|e| e.to_string())?;
-    let method = if body.is_some() { Method::POST } else { Method::GET };
-    timeout(PASS_ON_MAX, ask_with(addr, asked, api.node.name(), method, body.unwrap_or_default()))
+    timeout(PASS_ON_MAX, ask_with(addr, asked, api.node.name(), method, body))
         .await
         .unwrap_or_else(|_| Err(format!("no answer within {PASS_ON_MAX:?}")))
 }

@@ -8,13 +8,15 @@ use std::sync::Arc;
 use axum::{
     Json,
     extract::{RawQuery, State},
+    http::HeaderValue,
+    response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
 use crate::node::Health;
 
 use super::{
-    Api, mapping,
+    Api, headers, mapping,
     params::Params,
     problem::{Kind, Problem},
     schema,
@@ -45,10 +47,17 @@ pub async fn live() -> Json<Value> {
 /// 200 while requests may be sent here: caught up since the start, and not draining, failed or
 /// fenced. Stays 200 while there is no leader, because the node parks requests then.
 #[utoipa::path(method(get, head), path = "/v1/health/ready", tag = "health",
-    responses((status = 200, description = "Send requests here"),
+    responses((status = 200, description = "Send requests here; rather to the leader while there is `x-envoy-degraded`"),
         (status = 503, response = schema::ProblemResponse)))]
-pub async fn ready(State(api): State<Arc<Api>>) -> Result<Json<Value>, Problem> {
-    api.node.is_ready().map(|()| ok()).map_err(|reason| unwell(Kind::NotReady, format!("Not ready: {reason}.")))
+pub async fn ready(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+    api.node.is_ready().map_err(|reason| unwell(Kind::NotReady, format!("Not ready: {reason}.")))?;
+    let mut answer = ok().into_response();
+    // Envoy sends nothing to a degraded host while others are left: writes go straight to the leader. Without a
+    // leader all are degraded, which is as if none were.
+    if !api.node.leads() {
+        answer.headers_mut().insert(headers::ENVOY_DEGRADED, HeaderValue::from_static("true"));
+    }
+    Ok(answer)
 }
 
 /// 200 only on a leader that has lately heard from a majority.

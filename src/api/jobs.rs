@@ -1,33 +1,29 @@
-//! Rebuilding a node, the jobs that go on by themselves, and what they have put away.
+//! Rebuilding a node, the jobs that go on by themselves, and what rebuilds have put away.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json,
     extract::{Path, RawQuery, Request, State, rejection::PathRejection},
-    http::{HeaderValue, StatusCode, header},
+    http::{Method, StatusCode},
     response::{IntoResponse, Response},
 };
 use serde::de::MapAccess;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::node::{JobReport, JobState, OrderError};
+use crate::node::{NotCancelled, OrderError};
 
 use super::{
     Api,
     elsewhere::{self, Asked},
+    flows,
     json::{self, Fields},
     limits, mapping,
     params::Params,
     problem::{Kind, Problem},
     schema,
 };
-
-/// How long a caller waits for the end of a job before it is told where to look.
-const WAIT_MAX: Duration = Duration::from_secs(30);
-
-const WAIT: &[(&str, bool)] = &[("true", true), ("false", false)];
 
 #[derive(Default)]
 struct RebuildBody {
@@ -59,39 +55,16 @@ pub async fn rebuild(
 ) -> Result<Response, Problem> {
     let mut params = Params::parse(query.as_deref())?;
     let node = params.text("node")?;
-    let wait = params.choice("wait", WAIT)?.unwrap_or(true);
+    let wait = params.choice("wait", flows::SWITCH)?.unwrap_or(true);
     params.finish()?;
     let (parts, body) = request.into_parts();
     let (bytes, _charge) = limits::read_body(&api.body_limits, &api.budget, &parts.headers, body).await?;
     if let Some(node) = node.filter(|node| node != api.node.name()) {
-        return pass_on(&api, &asked, &node, Some(bytes)).await;
+        return pass_on(&api, &asked, &node, Method::POST, bytes).await;
     }
     let RebuildBody { from } = json::parse_object(&bytes)?;
     let id = api.node.order_rebuild(from).await.map_err(order_problem)?;
-    let ended = match wait {
-        true => timeout(WAIT_MAX, api.node.jobs().wait_ended(&id)).await.ok().flatten(),
-        false => None,
-    };
-    let job = ended.or_else(|| api.node.jobs().job(&id));
-    answer(&id, api.node.name(), job)
-}
-
-fn answer(id: &str, node: &str, job: Option<JobReport>) -> Result<Response, Problem> {
-    let job = job.ok_or_else(|| unknown_job(id))?;
-    match job.state {
-        JobState::Finished => Ok(Json(job).into_response()),
-        JobState::Failed => {
-            Err(Problem::new(Kind::RebuildRefused, format!("The rebuild was given up: {}.", job.detail)))
-        }
-        JobState::Running | JobState::Waiting => {
-            let mut response = (StatusCode::ACCEPTED, Json(job)).into_response();
-            let location = HeaderValue::from_str(&format!("/v1/admin/jobs/{id}?node={node}"));
-            if let Ok(location) = location {
-                response.headers_mut().insert(header::LOCATION, location);
-            }
-            Ok(response)
-        }
-    }
+    flows::job_answer(&api, &id, wait).await
 }
 
 fn order_problem(error: OrderError) -> Problem {
@@ -117,22 +90,65 @@ fn order_problem(error: OrderError) -> Problem {
     }
 }
 
-fn unknown_job(id: &str) -> Problem {
+/// There is no such job here.
+pub fn unknown_job(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
     let detail = format!("There is no job {id:?} on this node. Jobs belong to a node; ask it, or add ?node=NAME.");
     Problem::new(Kind::NotFound, detail).with("name", id)
 }
 
-async fn pass_on(api: &Api, asked: &Asked, node: &str, body: Option<hyper::body::Bytes>) -> Result<Response, Problem> {
+/// The answer of another member to the same question or order.
+pub async fn pass_on(
+    api: &Api,
+    asked: &Asked,
+    node: &str,
+    method: Method,
+    body: hyper::body::Bytes,
+) -> Result<Response, Problem> {
     let Some(addr) = api.node.http_addr_of(node) else {
         let names = api.node.other_names().join(", ");
         let detail = format!("There is no member {node:?} with a known HTTP address. The other members are {names}.");
         return Err(Problem::new(Kind::NotFound, detail).with("name", node));
     };
-    elsewhere::pass_on(api, asked, &addr, body).await.map_err(|why| {
-        let detail = format!("{node} at {addr} could not be asked: {why}. Ask it directly.");
+    let is_order = method != Method::GET;
+    elsewhere::pass_on(api, asked, &addr, method, body).await.map_err(|why| {
+        let rest = match is_order {
+            true => "Whether it has begun is not known: look at GET /v1/admin/cluster, or ask it directly",
+            false => "Ask it directly",
+        };
+        let detail = format!("{node} at {addr} gave no answer: {why}. {rest}.");
         Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
     })
+}
+
+/// The id in the path, and the node that the query names when it is another one.
+fn job_of(
+    api: &Api,
+    path: Result<Path<String>, PathRejection>,
+    query: Option<&str>,
+) -> Result<(String, Option<String>), Problem> {
+    let Path(id) = path.map_err(|_| Problem::new(Kind::InvalidId, "The path does not end in the id of a job."))?;
+    Ok((id, node_of(api, query)?))
+}
+
+fn node_of(api: &Api, query: Option<&str>) -> Result<Option<String>, Problem> {
+    let mut params = Params::parse(query)?;
+    let node = params.text("node")?;
+    params.finish()?;
+    Ok(node.filter(|node| node != api.node.name()))
+}
+
+/// The jobs of a node, the newest first: what goes on, and what has ended since the process began. Each node knows its
+/// own.
+#[utoipa::path(get, path = "/v1/admin/jobs", tag = "admin",
+    params(("node" = Option<String>, Query, description = "Name of the node; default: the one that is asked")),
+    responses((status = 200, description = "The jobs", body = schema::JobsAnswer),
+        (status = "default", response = schema::ProblemResponse)))]
+pub async fn jobs(State(api): State<Arc<Api>>, RawQuery(query): RawQuery, asked: Asked) -> Result<Response, Problem> {
+    if let Some(node) = node_of(&api, query.as_deref())? {
+        return pass_on(&api, &asked, &node, Method::GET, Default::default()).await;
+    }
+    Ok(Json(json!({"node": api.node.name(), "jobs": api.node.all_jobs()})).into_response())
 }
 
 /// How far a job is.
@@ -147,18 +163,59 @@ pub async fn job(
     RawQuery(query): RawQuery,
     asked: Asked,
 ) -> Result<Response, Problem> {
-    let Path(id) = path.map_err(|_| Problem::new(Kind::InvalidId, "The path does not end in the id of a job."))?;
-    let mut params = Params::parse(query.as_deref())?;
-    let node = params.text("node")?;
-    params.finish()?;
-    if let Some(node) = node.filter(|node| node != api.node.name()) {
-        return pass_on(&api, &asked, &node, None).await;
+    let (id, node) = job_of(&api, path, query.as_deref())?;
+    if let Some(node) = node {
+        return pass_on(&api, &asked, &node, Method::GET, Default::default()).await;
     }
     let job = match id.as_str() {
-        "current" => api.node.jobs().current(),
-        id => api.node.jobs().job(id),
+        "current" => api.node.jobs().current().or_else(|| api.node.flows().board.current()),
+        id => api.node.job(id),
     };
     Ok(Json(job.ok_or_else(|| unknown_job(&id))?).into_response())
+}
+
+/// Cancels a job where that is safe: what it has done is undone. A drain can be cancelled until it is finished;
+/// afterwards undrain the node. A transfer of leadership and a rebuild cannot be taken back.
+#[utoipa::path(delete, path = "/v1/admin/jobs/{id}", tag = "admin",
+    params(("id" = String, Path, description = "The id that its beginning answered"),
+        ("node" = Option<String>, Query, description = "Name of the node it runs on; default: the one that is asked")),
+    responses((status = 200, description = "Cancelled", body = schema::JobAnswer),
+        (status = 202, description = "It ends after the step that it is in", body = schema::JobAnswer),
+        (status = "default", response = schema::ProblemResponse)))]
+pub async fn cancel(
+    State(api): State<Arc<Api>>,
+    path: Result<Path<String>, PathRejection>,
+    RawQuery(query): RawQuery,
+    asked: Asked,
+) -> Result<Response, Problem> {
+    let (id, node) = job_of(&api, path, query.as_deref())?;
+    if let Some(node) = node {
+        return pass_on(&api, &asked, &node, Method::DELETE, Default::default()).await;
+    }
+    let cancelled = match api.node.jobs().job(&id) {
+        Some(job) if job.state.is_over() => Err(NotCancelled::Over(Box::new(job))),
+        Some(job) => Err(NotCancelled::Unsafe(Box::new(job))),
+        None => api.node.flows().board.cancel(&id),
+    };
+    match cancelled {
+        Ok(_) => {
+            let ended = timeout(flows::WAIT_MAX, api.node.wait_job(&id)).await.ok().flatten();
+            let job = ended.or_else(|| api.node.job(&id)).ok_or_else(|| unknown_job(&id))?;
+            let status = if job.state.is_over() { StatusCode::OK } else { StatusCode::ACCEPTED };
+            Ok((status, Json(job)).into_response())
+        }
+        Err(NotCancelled::Unknown) => Err(unknown_job(&id)),
+        Err(NotCancelled::Over(job)) => {
+            let undo = if job.kind == "drain" { " To undo a drain: POST /v1/admin/node/undrain." } else { "" };
+            let detail = format!("The {} has ended already: {}.{undo}", job.kind, job.detail);
+            Err(Problem::new(Kind::FlowRefused, detail).with("job", job.id))
+        }
+        Err(NotCancelled::Unsafe(job)) => {
+            let detail =
+                format!("The {} is at \"{}\" and cannot be taken back; it ends by itself.", job.kind, job.step);
+            Err(Problem::new(Kind::FlowRefused, detail).with("job", job.id))
+        }
+    }
 }
 
 /// The files of this node that were put away, the oldest first.

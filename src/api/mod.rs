@@ -8,6 +8,7 @@ pub mod admin;
 mod bodies;
 mod connection;
 mod elsewhere;
+pub mod flows;
 pub mod headers;
 pub mod health;
 pub mod jobs;
@@ -30,7 +31,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     http::{Method, Uri},
-    routing::{MethodRouter, get, post},
+    routing::{MethodRouter, delete, get, post},
 };
 use tokio::sync::Semaphore;
 
@@ -83,6 +84,7 @@ struct Route {
 const POST: &[&str] = &["POST"];
 const GET: &[&str] = &["GET"];
 const GET_HEAD: &[&str] = &["GET", "HEAD"];
+const GET_DELETE: &[&str] = &["GET", "DELETE"];
 
 /// Everything that is served. The router is made from this table, and the OpenAPI document is
 /// compared with it.
@@ -104,7 +106,11 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/admin/storage/stats", methods: GET, service: || get(admin::storage_stats) },
     Route { path: "/v1/admin/imports/{id}", methods: GET, service: || get(admin::import) },
     Route { path: "/v1/admin/node/rebuild", methods: POST, service: || post(jobs::rebuild) },
-    Route { path: "/v1/admin/jobs/{id}", methods: GET, service: || get(jobs::job) },
+    Route { path: "/v1/admin/node/drain", methods: POST, service: || post(flows::drain) },
+    Route { path: "/v1/admin/node/undrain", methods: POST, service: || post(flows::undrain) },
+    Route { path: "/v1/admin/failover", methods: POST, service: || post(flows::failover) },
+    Route { path: "/v1/admin/jobs", methods: GET, service: || get(jobs::jobs) },
+    Route { path: "/v1/admin/jobs/{id}", methods: GET_DELETE, service: || get(jobs::job).merge(delete(jobs::cancel)) },
     Route { path: "/v1/admin/quarantine", methods: GET, service: || get(jobs::quarantine) },
     Route { path: "/metrics", methods: GET, service: || get(metrics::metrics) },
     Route { path: "/openapi.json", methods: GET, service: || get(openapi::openapi_json) },

@@ -10,7 +10,7 @@ use axum::{
 };
 use utoipa::OpenApi;
 
-use super::{admin, headers, health, jobs, metrics, read, schema, write};
+use super::{admin, flows, headers, health, jobs, metrics, read, schema, write};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -20,7 +20,8 @@ use super::{admin, headers, health, jobs, metrics, read, schema, write};
         read::query, read::assertion, read::history,
         health::health, health::live, health::ready, health::leader, health::replica,
         metrics::metrics, admin::cluster, admin::import, admin::storage_stats,
-        jobs::rebuild, jobs::job, jobs::quarantine, openapi_json,
+        jobs::rebuild, flows::drain, flows::undrain, flows::failover,
+        jobs::jobs, jobs::job, jobs::cancel, jobs::quarantine, openapi_json,
     ),
     components(schemas(schema::ProblemBody), responses(schema::ProblemResponse)),
     tags(

@@ -178,8 +178,8 @@ pub struct HistoryAnswer {
 /// What a node says of itself.
 #[derive(ToSchema)]
 pub struct HealthAnswer {
-    /// `ok`, `starting`, `repairing`, `stopping`, or why the node answers through others: `stalled`, `failed`,
-    /// `rebuilding`, `fenced`.
+    /// `ok`, `starting`, `repairing`, `draining`, `drained`, `stopping`, or why the node answers through others:
+    /// `stalled`, `failed`, `rebuilding`, `fenced`.
     pub status: String,
     /// The node's name.
     pub name: String,
@@ -194,6 +194,8 @@ pub struct HealthAnswer {
     /// State of the disk: `{"state": "ok" | "full" | "failed", "reason"}`.
     #[schema(value_type = Object)]
     pub disk: serde_json::Value,
+    /// `none`, `wants`, `draining` or `drained`.
+    pub drain: String,
     /// What the log waits for while it is being repaired from the other nodes; absent otherwise.
     pub repairing: Option<String>,
     /// Version of the program.
@@ -207,7 +209,7 @@ pub struct ClusterAnswer {
     pub leader: Option<String>,
     /// Raft term.
     pub term: u64,
-    /// `{"name","id","role","lag_entries","lag_bytes","disk","version"}` of each member.
+    /// `{"name","id","role","lag_entries","lag_bytes","disk","drain","fsync_p99_ms","version"}` of each member.
     #[schema(value_type = Vec<Object>)]
     pub members: Vec<serde_json::Value>,
 }
@@ -332,26 +334,68 @@ pub struct Rebuild {
     pub from: Option<String>,
 }
 
+/// What a drain may be told.
+#[derive(ToSchema)]
+pub struct Drain {
+    /// Whether the node shall stay drained after a restart; default: no.
+    pub persist: Option<bool>,
+}
+
+/// What a failover may be told.
+#[derive(ToSchema)]
+pub struct Failover {
+    /// Name of the next leader; default: the voter that lacks least.
+    pub target: Option<String>,
+}
+
+/// The jobs of a node.
+#[derive(ToSchema)]
+pub struct JobsAnswer {
+    /// Name of the node.
+    pub node: String,
+    /// The newest first.
+    pub jobs: Vec<JobAnswer>,
+}
+
+/// A step of a job that was done.
+#[derive(ToSchema)]
+pub struct JobStep {
+    /// Its name.
+    pub name: String,
+    /// How long it took, milliseconds.
+    pub ms: u64,
+}
+
 /// A job that goes on by itself, on one node.
 #[derive(ToSchema)]
 pub struct JobAnswer {
     /// Its id.
     #[schema(format = "uuid")]
     pub id: String,
-    /// `rebuild`.
+    /// `rebuild`, `drain`, `undrain` or `failover`.
     pub kind: String,
     /// Name of the node.
     pub node: String,
-    /// `running`, `waiting`, `finished` or `failed`.
+    /// `running`, `waiting`, `finished`, `failed` or `cancelled`.
     pub state: String,
     /// What is being done, for example `pulling`.
     pub step: String,
-    /// What it waits for, or why it was begun.
+    /// The steps that were done, the oldest first.
+    pub steps: Vec<JobStep>,
+    /// What it waits for, why it was begun, or how it ended.
     pub detail: String,
+    /// Who or what began it.
+    pub cause: String,
     /// Whether the node began by itself.
     pub automatic: bool,
-    /// The node the files come from.
+    /// Whether `DELETE` of it would undo it now.
+    pub cancellable: bool,
+    /// The node the files or leadership come from.
     pub from: Option<String>,
+    /// The node that leads afterwards, once leadership has moved.
+    pub to: Option<String>,
+    /// The term in which it leads.
+    pub term: Option<u64>,
     /// The Raft id under which the node comes back.
     pub fresh_id: Option<u64>,
     /// Bytes of the checkpoint that are there.

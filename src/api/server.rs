@@ -11,7 +11,7 @@ use std::{convert::Infallible, future::Future, io, panic::AssertUnwindSafe, pin:
 use axum::{
     Router,
     body::Body,
-    http::{Method, Request},
+    http::{HeaderValue, Method, Request, header},
     response::{IntoResponse, Response},
 };
 use futures_util::FutureExt;
@@ -53,6 +53,9 @@ const REFUSALS_MAX: usize = 64;
 
 /// How long a connection past the cap may take to hear that.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What operators ask.
+const ADMIN: &str = "/v1/admin/";
 
 /// Added to the request deadline when requests in flight are waited for at shutdown.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(1);
@@ -233,16 +236,22 @@ impl Service<Request<Incoming>> for Handler {
         let is_write = request.method() == Method::POST;
         let (route, began) = (super::route_pattern(request.uri().path()), Instant::now());
         let node = Arc::clone(&self.node);
+        // An operator's order may be the very one that waits for all others.
+        let in_flight = (!route.starts_with(ADMIN)).then(|| node.flows().traffic.begin());
         let mut router = self.router.clone();
         Box::pin(async move {
             let answer = async move { router.call(request.map(Body::new)).await };
-            let response = match AssertUnwindSafe(answer).catch_unwind().await {
+            let mut response = match AssertUnwindSafe(answer).catch_unwind().await {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},
                 Err(_panic) => panicked(is_write),
             };
             node.metrics().http_request(route, response.status().as_u16(), began.elapsed());
-            drop(at_work);
+            // On its way out of traffic: the next request of this client shall look for another node.
+            if node.flows().drain.mark().is_out() {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            drop((at_work, in_flight));
             Ok(response)
         })
     }

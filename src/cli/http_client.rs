@@ -194,6 +194,11 @@ impl Call {
             .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
     }
 
+    /// A `DELETE`.
+    pub fn delete(path_and_query: impl Into<String>) -> Self {
+        Self::new(Method::DELETE, path_and_query, Bytes::new())
+    }
+
     /// Adds a header, or replaces one of the same name.
     pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.headers.retain(|(known, _)| known != name);

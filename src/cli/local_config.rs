@@ -54,7 +54,9 @@ pub fn render(node: &NodePlan, plan: &[NodePlan]) -> Result<String, CliError> {
     let mut text = format!(
         "# Written by `stemedb dev`. Everything may be changed and added to, except name, data_dir,\n\
          # listen, peers and bootstrap_expect: with others this would be another cluster.\n\
-         [node]\nname = {}\ndata_dir = {}\n\n[http]\nlisten = {}\n\n[cluster]\nbootstrap_expect = {}\n\n\
+         [node]\nname = {}\ndata_dir = {}\n\n[http]\nlisten = {}\n\n[cluster]\nbootstrap_expect = {}\n\
+         # No load balancer has to notice that a node stops.\n\
+         drain_notice_ms = 0\n\n\
          # A cluster for trying things leaves the disk to others.\n\
          [storage]\nlow_water_mb = {LOW_WATER_MB}\nballast_mb = {BALLAST_MB}\n",
         quoted(&node.name),

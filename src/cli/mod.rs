@@ -9,7 +9,7 @@
 //! | code | meaning |
 //! |---|---|
 //! | 0 | done |
-//! | 1 | done, and what was looked at is not as it should be: an unhealthy cluster, a finding of a drill, a difference |
+//! | 1 | done, and what was looked at is not as it should be: an unhealthy cluster, a finding of a drill, a difference, a dry run of what would be refused, another leader than asked for |
 //! | 2 | wrong arguments |
 //! | 3 | no node could be reached, or none answered in time |
 //! | 4 | the cluster refused, or the input is wrong |
@@ -21,6 +21,7 @@
 
 pub mod bench;
 pub mod dev;
+pub mod drain;
 pub mod drill;
 mod drill_disk;
 mod drill_disk_report;
@@ -29,11 +30,14 @@ pub mod drill_load;
 mod drill_open;
 mod drill_report;
 mod drill_watch;
+pub mod failover;
 pub mod faulty_disk;
+pub mod flow_client;
 pub mod http_client;
 pub mod import;
 pub mod import_check;
 pub mod import_source;
+pub mod job;
 mod listing;
 pub mod local_cluster;
 mod local_config;
@@ -48,7 +52,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::{Config, Override};
 use crate::logging;
@@ -130,6 +134,15 @@ enum Command {
     Dev(dev::DevArgs),
     /// Show the cluster's nodes
     Status(status::StatusArgs),
+    /// Take a node out of traffic: not ready, no leadership, everything under way answered
+    Drain(drain::DrainArgs),
+    /// Put a node back into traffic
+    Undrain(drain::UndrainArgs),
+    /// Move leadership to another node
+    Failover(failover::FailoverArgs),
+    /// Show and cancel drains, failovers and rebuilds
+    #[command(subcommand)]
+    Job(job::JobCommand),
     /// Make a node anew from a replica
     Rebuild(rebuild::RebuildArgs),
     /// Load a file of assertions, exactly once, resumable
@@ -143,6 +156,11 @@ enum Command {
     /// Verify, dump or cut single segments of a log, without a server
     #[command(subcommand)]
     Wal(wal::WalCommand),
+    /// Print completions for a shell, for example: stemedb completions bash > /etc/bash_completion.d/stemedb
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Arguments of `serve`.
@@ -220,6 +238,11 @@ fn run(command: Command) -> ExitCode {
             Command::Serve(args) => return serve_node(&args).await,
             Command::Dev(args) => dev::run(&args).await,
             Command::Status(args) => status::run(&args).await,
+            Command::Drain(args) => drain::run(&args).await,
+            Command::Undrain(args) => drain::run_undrain(&args).await,
+            Command::Failover(args) => failover::run(&args).await,
+            Command::Job(command) => job::run(&command).await,
+            Command::Completions { shell } => completions(shell),
             Command::Rebuild(args) => rebuild::run(&args).await,
             Command::Import(args) => import::run(&args).await,
             Command::ImportCheck(args) => import_check::run(&args).await,
@@ -240,6 +263,13 @@ fn report(error: &CliError) -> ExitCode {
         output::notice(&format!("stemedb: {error}"));
     }
     ExitCode::from(error.exit_code())
+}
+
+/// Made from the description of the commands, so that they are always true.
+fn completions(shell: clap_complete::Shell) -> Result<(), CliError> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "stemedb", &mut script);
+    output::line(String::from_utf8_lossy(&script).trim_end())
 }
 
 async fn serve_node(args: &ServeArgs) -> Result<ExitCode, CliError> {

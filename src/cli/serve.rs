@@ -1,9 +1,11 @@
 //! `stemedb serve`: one server process, from its configuration to its exit code.
 //!
 //! Binds both listeners before it says that it serves, writes `pid` into the data folder and removes
-//! it on a clean stop. SIGTERM and SIGINT stop it cleanly: leadership is handed over, the HTTP side
-//! finishes what it has begun, then the node stops. A second signal ends the process at once.
+//! it on a clean stop. SIGTERM and SIGINT stop it cleanly: the node leaves traffic as in a drain, within
+//! `cluster.stop_deadline_ms`, the HTTP side finishes what it has begun, then the node stops; one that is drained
+//! already stops at once. A second signal ends the process at once. The service manager is told of each.
 
+mod notify;
 pub mod rebuild;
 
 use std::{
@@ -21,6 +23,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::notify::Notifier;
 use crate::{
     api,
     config::Config,
@@ -36,6 +39,9 @@ const EXIT_CONFIG: u8 = 6;
 const EXIT_FAILED: u8 = 7;
 /// Its disk hung for so long that it closed its doors.
 const EXIT_FENCED: u8 = 8;
+
+/// How often the service manager's line is made anew.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long the last file may take to be removed. The disk may hang by then.
 const PID_FILE_MAX: Duration = Duration::from_secs(1);
@@ -124,7 +130,11 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
 
     let stop_http = CancellationToken::new();
     let serving = tokio::spawn(api::serve(http, Arc::clone(&node), stop_http.clone()));
-    let ended = wait_for_end(&node, serving, stop_http).await;
+    let notifier = Arc::new(Notifier::from_env());
+    notifier.ready();
+    let telling = tokio::spawn(tell_status(Arc::clone(&node), Arc::clone(&notifier)));
+    let ended = wait_for_end(&node, serving, stop_http, &notifier).await;
+    telling.abort();
     if node.fenced().is_cancelled() {
         // Nothing of it may be waited for, nor may its end be: both could need the disk. What lies on it is as after a
         // crash.
@@ -138,10 +148,26 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
     ended
 }
 
+/// Keeps the line that `systemctl status` shows. Looks now and then: nobody acts on it.
+async fn tell_status(node: Arc<Node>, notifier: Arc<Notifier>) {
+    let mut last = String::new();
+    loop {
+        let health = node.health();
+        let leader = health.leader.as_deref().unwrap_or("unknown");
+        let now = format!("{}: {} in term {}, leader {leader}", health.status, health.role, health.term);
+        if now != last {
+            notifier.status(&now);
+            last = now;
+        }
+        tokio::time::sleep(STATUS_INTERVAL).await;
+    }
+}
+
 async fn wait_for_end(
     node: &Arc<Node>,
     mut serving: tokio::task::JoinHandle<std::io::Result<()>>,
     stop_http: CancellationToken,
+    notifier: &Notifier,
 ) -> Result<(), Failure> {
     let failed = |e: std::io::Error| Failure::Run(format!("signals: {e}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
@@ -164,6 +190,7 @@ async fn wait_for_end(
     if let Ok(signal) = &ended {
         tracing::info!("{signal}: stopping");
     }
+    notifier.stopping();
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -173,7 +200,7 @@ async fn wait_for_end(
         std::process::exit(i32::from(EXIT_FAILED));
     });
     // While requests are still served: they are sent on to the next leader.
-    node.hand_over().await;
+    node.stop_gently().await;
     stop_http.cancel();
     match serving.await {
         Ok(Ok(())) => {}

@@ -23,6 +23,10 @@ pub struct StatusArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Print it again every so many seconds, until Ctrl-C
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watch: Option<u64>,
 }
 
 /// A node's own word, `/v1/health`. Unknown fields are ignored, so that newer nodes can be asked.
@@ -43,6 +47,8 @@ pub struct NodeHealth {
     pub applied_index: u64,
     /// Its disk.
     pub disk: Disk,
+    /// `none`, `wants`, `draining` or `drained`.
+    pub drain: String,
     /// Version of its program.
     pub version: String,
 }
@@ -69,6 +75,8 @@ struct ClusterBody {
 #[serde(default)]
 struct MemberBody {
     name: String,
+    id: Option<u64>,
+    fsync_p99_ms: Option<u64>,
     role: String,
     voter: bool,
     disk: Option<Disk>,
@@ -82,6 +90,8 @@ struct MemberBody {
 #[derive(Debug, Serialize)]
 struct Line {
     name: String,
+    id: Option<u64>,
+    fsync_p99_ms: Option<u64>,
     endpoint: Option<String>,
     member_role: Option<String>,
     lag_entries: Option<u64>,
@@ -114,7 +124,21 @@ pub async fn healthy_voters(client: &mut Client, timeout: Duration) -> Result<us
 /// Prints the status. Exit code 1 when something is wrong, 3 when no node answers.
 pub async fn run(args: &StatusArgs) -> Result<(), CliError> {
     let endpoints = args.endpoints.parse()?;
-    let report = gather(&endpoints).await?;
+    let Some(seconds) = args.watch else { return once(args, &endpoints).await };
+    loop {
+        match once(args, &endpoints).await {
+            // What is wrong now may be well the next time: that is what one watches for.
+            Err(error @ (CliError::Found(_) | CliError::Unreachable(_))) => {
+                output::notice(&format!("stemedb: {error}"))
+            }
+            ended => ended?,
+        }
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+    }
+}
+
+async fn once(args: &StatusArgs, endpoints: &[Endpoint]) -> Result<(), CliError> {
+    let report = gather(endpoints).await?;
     if args.json {
         output::json(&report)?;
     } else {
@@ -184,6 +208,8 @@ async fn ask((member, endpoint): (Option<MemberBody>, Option<Endpoint>)) -> Line
     Line {
         name: name.or_else(|| address.clone()).unwrap_or_default(),
         endpoint: address,
+        id: member.as_ref().and_then(|member| member.id),
+        fsync_p99_ms: member.as_ref().and_then(|member| member.fsync_p99_ms),
         lag_entries: member.as_ref().and_then(|member| member.lag_entries),
         lag_bytes: member.as_ref().and_then(|member| member.lag_bytes),
         member_role: member.map(|member| member.role),
@@ -225,6 +251,8 @@ fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]
                 let reason = health.disk.reason.as_deref().unwrap_or("no reason given");
                 problems.push(format!("the disk of {} failed ({reason})", line.name));
             }
+            // Somebody has asked for that.
+            Some(health) if ["draining", "drained"].contains(&health.status.as_str()) => {}
             Some(health) if health.status != "ok" => {
                 problems.push(format!("{} says {:?}", line.name, health.status));
             }
@@ -235,34 +263,41 @@ fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]
 }
 
 fn text(report: &StatusReport) -> String {
-    let mut table = output::table(["NODE", "HTTP", "ROLE", "TERM", "APPLIED", "LAG", "DISK", "VERSION", "STATUS"]);
+    let mut table = output::table([
+        "NODE",
+        "ROLE",
+        "ID",
+        "TERM",
+        "APPLIED",
+        "LAG",
+        "LAG BYTES",
+        "FSYNC P99",
+        "DISK",
+        "DRAIN",
+        "VERSION",
+        "HTTP",
+        "STATUS",
+    ]);
     let dash = || "-".to_owned();
+    let number = |number: Option<u64>| number.map_or_else(dash, output::thousands);
     for line in &report.nodes {
-        let endpoint = line.endpoint.clone().unwrap_or_else(dash);
-        let lag = match (line.lag_entries, line.lag_bytes) {
-            (Some(entries), Some(bytes)) => format!("{entries} entries, {bytes} B"),
-            (Some(entries), None) => format!("{entries} entries"),
-            (None, _) => dash(),
-        };
-        let row = match &line.health {
-            Some(health) => [
-                line.name.clone(),
-                endpoint,
-                health.role.clone(),
-                health.term.to_string(),
-                health.applied_index.to_string(),
-                lag,
-                health.disk.state.clone(),
-                health.version.clone(),
-                health.status.clone(),
-            ],
-            None => {
-                let role = line.member_role.clone().unwrap_or_else(dash);
-                let status = "no answer".to_owned();
-                [line.name.clone(), endpoint, role, dash(), dash(), lag, dash(), dash(), status]
-            }
-        };
-        table.add_row(row);
+        let health = line.health.as_ref();
+        let role = health.map(|health| health.role.clone()).or_else(|| line.member_role.clone());
+        table.add_row([
+            line.name.clone(),
+            role.unwrap_or_else(dash),
+            line.id.map_or_else(dash, |id| id.to_string()),
+            health.map_or_else(dash, |health| health.term.to_string()),
+            health.map_or_else(dash, |health| health.applied_index.to_string()),
+            number(line.lag_entries),
+            number(line.lag_bytes),
+            line.fsync_p99_ms.map_or_else(dash, |ms| format!("{ms} ms")),
+            health.map_or_else(dash, |health| health.disk.state.clone()),
+            health.map(|health| health.drain.clone()).filter(|drain| !drain.is_empty()).unwrap_or_else(dash),
+            health.map_or_else(dash, |health| health.version.clone()),
+            line.endpoint.clone().unwrap_or_else(dash),
+            health.map_or_else(|| "no answer".to_owned(), |health| health.status.clone()),
+        ]);
     }
     let leader = report.leader.as_deref().unwrap_or("none");
     format!("{table}\nleader: {leader}, term {}", report.term)

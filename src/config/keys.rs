@@ -215,6 +215,18 @@ pub static KEYS: &[Key] = &[
         "Lets this node rebuild itself from a replica when its disk fails or its files are lost, twice a day at most.",
     ),
     key(
+        "cluster",
+        "drain_notice_ms",
+        number(|c| &mut c.cluster.drain_notice_ms, 0, 600_000, "ms"),
+        "How long a draining node waits for load balancers to notice; above their probe interval times threshold.",
+    ),
+    key(
+        "cluster",
+        "stop_deadline_ms",
+        number(|c| &mut c.cluster.stop_deadline_ms, 0, 600_000, "ms"),
+        "How long a process that was told to stop may take to drain; above drain_notice_ms and request_deadline_ms.",
+    ),
+    key(
         "wal",
         "log_fsync_errors",
         Kind::Bool(|c| &mut c.wal.log_fsync_errors),

@@ -18,6 +18,7 @@ pub(super) struct ServiceMetrics {
     raft_term: IntGauge,
     raft_is_leader: IntGauge,
     raft_has_leader: IntGauge,
+    out_of_traffic: IntGauge,
     raft_last_log_index: IntGauge,
     raft_applied_index: IntGauge,
     commands_per_entry: Histogram,
@@ -41,6 +42,8 @@ pub struct RaftFigures {
     pub is_leader: bool,
     /// Whether this node knows a leader.
     pub has_leader: bool,
+    /// Whether this node is draining or drained.
+    pub out_of_traffic: bool,
     /// Index of the last entry of the local log; 0 before the first.
     pub last_log_index: u64,
     /// Log index of the last applied entry; 0 before the first.
@@ -59,6 +62,8 @@ impl ServiceMetrics {
             raft_term: register.gauge("stemedb_raft_term", "The current term."),
             raft_is_leader: register.gauge("stemedb_raft_is_leader", "1 while this node leads, else 0."),
             raft_has_leader: register.gauge("stemedb_raft_has_leader", "1 while this node knows a leader, else 0."),
+            out_of_traffic: register
+                .gauge("stemedb_out_of_traffic", "1 while this node is draining or drained, else 0."),
             raft_last_log_index: register
                 .gauge("stemedb_raft_last_log_index", "Index of the last entry of the local log."),
             raft_applied_index: register.gauge("stemedb_raft_applied_index", "Log index of the last applied entry."),
@@ -93,6 +98,7 @@ impl Metrics {
         service.raft_term.set(gauge(raft.term));
         service.raft_is_leader.set(i64::from(raft.is_leader));
         service.raft_has_leader.set(i64::from(raft.has_leader));
+        service.out_of_traffic.set(i64::from(raft.out_of_traffic));
         service.raft_last_log_index.set(gauge(raft.last_log_index));
         service.raft_applied_index.set(gauge(raft.applied_index));
     }
@@ -135,6 +141,7 @@ mod tests {
             term: 3,
             is_leader: true,
             has_leader: true,
+            out_of_traffic: true,
             last_log_index: 9,
             applied_index: 8,
         });
@@ -147,6 +154,7 @@ mod tests {
             ("stemedb_raft_term", 3.0),
             ("stemedb_raft_is_leader", 1.0),
             ("stemedb_raft_has_leader", 1.0),
+            ("stemedb_out_of_traffic", 1.0),
             ("stemedb_raft_last_log_index", 9.0),
             ("stemedb_raft_applied_index", 8.0),
             ("stemedb_disk_state{state=\"ok\"}", 0.0),

@@ -28,6 +28,7 @@ use super::{
     boots::SeenBoots,
     bootstrap::Assignment,
     disk::{DiskHealth, DiskWatch},
+    flows::Flows,
     forward::Forwarders,
     freshness::Freshness,
     identity::Identity,
@@ -209,6 +210,8 @@ pub struct Shared {
     pub stop: CancellationToken,
     /// Cancelled when its core ends: with `stop`, or before, when only the proxy goes on.
     pub core_stop: CancellationToken,
+    /// Jobs, the node's place in traffic and its requests; those of the process.
+    pub flows: Arc<Flows>,
     /// Where the rebuild of this node shows its progress.
     pub desk: Arc<Desk>,
     /// What is wrong that a rebuild cures, once that is known.
@@ -261,9 +264,16 @@ impl Shared {
         self.disk.health().silenced()
     }
 
+    /// Whether this node is about to stop.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed) || self.stop.is_cancelled()
+    }
+
     /// Why this node must not take leadership over, if so.
     pub fn may_not_lead(&self) -> Option<String> {
         let leaving = self.leaving.load(Ordering::Relaxed).then(|| "this node is about to stop".to_owned());
+        let mark = self.flows.drain.mark();
+        let leaving = leaving.or_else(|| mark.is_out().then(|| format!("this node is {}", mark.word())));
         // A full disk is no reason: where all are full, reads need a leader all the same; and a transfer that is
         // refused leaves the cluster without a leader until the next election.
         let damaged = || self.tree_damage().map(|why| format!("its tree is damaged: {why}"));

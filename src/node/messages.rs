@@ -16,6 +16,7 @@ use stemedb_raft::{
 
 use super::{
     disk::DiskHealth,
+    flows::DrainMark,
     space::{RoomReport, Shortage},
 };
 use crate::state::command::{Command, CommandOutcome};
@@ -154,6 +155,8 @@ pub struct StatusReply {
     pub damaged: Option<String>,
     /// 99th percentile of its log's syncs of the last seconds, milliseconds; `None` when there were none.
     pub fsync_p99_ms: Option<u64>,
+    /// How far out of traffic it is.
+    pub drain: DrainMark,
     /// The members of the cluster as it knows them; `None` when it knows none.
     pub membership: Option<StoredMembership>,
 }

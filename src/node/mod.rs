@@ -8,7 +8,7 @@
 //! ```
 //!
 //! `process` lives from start to end and holds the incarnation of the moment; `start` brings one up, `formation` gives it a place in a cluster, `watch` keeps its view of the
-//! cluster, `upkeep` takes checkpoints. Decisions are pure functions (`bootstrap`, `submit_rules`,
+//! cluster, `upkeep` takes checkpoints, `flows` carries out what operators order. Decisions are pure functions (`bootstrap`, `submit_rules`,
 //! `identity::standing`, `log_time`, `freshness`, `upkeep::Upkeep`); the files around them only do
 //! what those say.
 
@@ -22,6 +22,7 @@ pub mod core;
 pub mod disk;
 mod fence;
 mod files;
+pub mod flows;
 mod formation;
 mod forward;
 pub mod freshness;
@@ -83,9 +84,10 @@ use crate::{
 pub use self::{
     fence::{ANSWER_MAX, Door},
     files::is_full,
+    flows::{DrainOrder, DrainPlan, FailoverPlan, FlowError, Flows, NotCancelled},
     read::{Consistency, ReadError},
     rebuild::{
-        desk::{JobReport, JobState},
+        desk::{JobReport, JobState, StepReport},
         order::OrderError,
     },
     start::{Ground, StartError},
@@ -235,6 +237,63 @@ impl Node {
         rebuild::order::order(&self.process, from).await
     }
 
+    /// Jobs, the node's place in traffic and the requests under way.
+    pub fn flows(&self) -> &Flows {
+        &self.process.flows
+    }
+
+    /// Takes this node out of traffic. The answer is the job's id, once nothing speaks against it.
+    pub async fn drain(&self, order: DrainOrder) -> Result<String, FlowError> {
+        flows::order_drain(&self.process, order).await
+    }
+
+    /// What that would do now.
+    pub async fn plan_drain(&self) -> Result<DrainPlan, FlowError> {
+        flows::plan_drain(&self.process).await
+    }
+
+    /// Puts this node back into traffic; nothing to do is no error. The answer is the job's id.
+    pub async fn undrain(&self) -> Result<String, FlowError> {
+        flows::order_undrain(&self.process).await
+    }
+
+    /// Moves leadership from this node to `target`, or to whoever lacks least. The answer is the job's id, once nothing
+    /// speaks against it.
+    pub async fn failover(&self, target: Option<String>) -> Result<String, FlowError> {
+        flows::order_failover(&self.process, target).await
+    }
+
+    /// What that would do now.
+    pub async fn plan_failover(&self, target: Option<&str>) -> Result<FailoverPlan, FlowError> {
+        flows::plan_failover(&self.process, target).await
+    }
+
+    /// Every job of this node that there is to tell of: rebuilds and flows, the newest first.
+    pub fn all_jobs(&self) -> Vec<JobReport> {
+        let mut jobs = self.process.desk.all();
+        jobs.extend(self.process.flows.board.all());
+        jobs.sort_by_key(|job| std::cmp::Reverse(job.began_unix_ms));
+        jobs
+    }
+
+    /// A job by its id.
+    pub fn job(&self, id: &str) -> Option<JobReport> {
+        self.process.desk.job(id).or_else(|| self.process.flows.board.job(id))
+    }
+
+    /// Waits until a job has ended; `None` when there is no such job.
+    pub async fn wait_job(&self, id: &str) -> Option<JobReport> {
+        match self.process.desk.job(id) {
+            Some(_) => self.process.desk.wait_ended(id).await,
+            None => self.process.flows.board.wait_ended(id).await,
+        }
+    }
+
+    /// Whether this node leads, by its own word.
+    pub fn leads(&self) -> bool {
+        self.shared().view.borrow().role == core::Role::Leader
+    }
+
     /// `host:port` of the HTTP listener of another member, if it is known.
     pub fn http_addr_of(&self, name: &str) -> Option<String> {
         let shared = self.shared();
@@ -275,6 +334,12 @@ impl Node {
         self.process.vital.wait_ended().await
     }
 
+    /// To be called before `shutdown`, while requests are still served: out of traffic, leadership elsewhere, requests
+    /// answered, within `cluster.stop_deadline_ms`.
+    pub async fn stop_gently(&self) {
+        flows::stop_gently(&self.process).await;
+    }
+
     /// To be called before `shutdown`, while requests are still served: not ready from now on, and
     /// leadership goes to the most caught-up voter, if this node has it. Takes 3 seconds at most.
     pub async fn hand_over(&self) {
@@ -307,6 +372,7 @@ fn fill_metrics(process: &Weak<Process>, metrics: &Metrics) {
         term: view.term,
         is_leader: view.role == core::Role::Leader,
         has_leader: view.leader.is_some(),
+        out_of_traffic: shared.flows.drain.mark().is_out(),
         last_log_index: wal.last_log_id().map_or(0, |id| id.index),
         applied_index: core.published().applied_log_index.unwrap_or_default(),
     });

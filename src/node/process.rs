@@ -26,6 +26,7 @@ use super::{
     boots::SeenBoots,
     core::Shared,
     fence::{Fence, Side},
+    flows::Flows,
     identity::FolderLock,
     park::Park,
     rebuild::{self, desk::Desk, journal::Journal, offer::Offers},
@@ -74,6 +75,8 @@ pub struct Process {
     pub fence: Arc<Fence>,
     /// Cancelled when the process stops; every incarnation ends with it.
     pub stop: CancellationToken,
+    /// Jobs, the node's place in traffic and its requests.
+    pub flows: Arc<Flows>,
     /// Where a rebuild is asked for and shown.
     pub desk: Arc<Desk>,
     /// Checkpoints offered to nodes that rebuild.
@@ -90,6 +93,7 @@ impl Process {
         let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
         let boots = SeenBoots::open(&config.node.data_dir, Arc::clone(&ground.io_times))?;
         let journal = Journal::load(&config.node.data_dir)?;
+        let flows = Arc::new(Flows::open(&config.node.data_dir)?);
         let listener = match ground.peer_listener {
             Some(listener) => listener,
             None => start::bind(&config.peer_listen()).await?,
@@ -106,6 +110,7 @@ impl Process {
             io_times: ground.io_times,
             fence: Arc::default(),
             stop: CancellationToken::new(),
+            flows,
             desk: Arc::default(),
             offers: Arc::default(),
             vital: Vital::default(),

@@ -229,6 +229,7 @@ mod tests {
             may_not_lead: None,
             damaged: None,
             fsync_p99_ms: None,
+            drain: Default::default(),
             membership: None,
             room: Default::default(),
         }

@@ -99,12 +99,14 @@ impl Watcher<'_> {
         let shared = self.shared;
         let mut report = shared.space.report();
         let mut view = shared.view.subscribe();
+        let mut drain = shared.flows.drain.subscribe();
         let mut asking: Pending<'_, Answers> = None;
         let mut moving: Pending<'_, bool> = None;
         let mut ask_at = Instant::now();
         let mut full_since = None;
         loop {
             let own = report.borrow_and_update().clone();
+            drain.mark_unchanged();
             let (leads, voters) = {
                 let view = view.borrow_and_update();
                 let own_id = shared.local.load().node_id;
@@ -132,6 +134,7 @@ impl Watcher<'_> {
             tokio::select! {
                 changed = report.changed() => if changed.is_err() { return },
                 changed = view.changed() => if changed.is_err() { return },
+                changed = drain.changed() => if changed.is_err() { return },
                 answers = end_of(&mut asking) => {
                     asking = None;
                     self.note(answers);
@@ -188,9 +191,9 @@ impl Watcher<'_> {
         });
     }
 
-    /// Only ever gives back what this task has taken away: a node that leaves stands for nothing.
+    /// A node that leaves or is out of traffic stands for nothing.
     fn stand_for_election(&self, stands: bool) {
-        let leaves = self.shared.leaving.load(Ordering::Relaxed);
+        let leaves = self.shared.leaving.load(Ordering::Relaxed) || self.shared.flows.drain.mark().is_out();
         self.core.raft.runtime_config().elect(stands && !leaves);
     }
 }

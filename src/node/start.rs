@@ -370,6 +370,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         leaving: AtomicBool::new(false),
         core_stop: stop.child_token(),
         stop,
+        flows: Arc::clone(&process.flows),
         desk: Arc::clone(&process.desk),
         need: watch::Sender::new(None),
         retired: OnceLock::new(),

@@ -17,11 +17,12 @@ use stemedb_raft::{
 use super::{
     core::{Core, Role, Shared},
     disk::DiskHealth,
+    flows::DrainMark,
     kinds::Kind,
     messages::{Lag, StatusReply, pack, unpack},
     rebuild::desk::JobState,
 };
-use crate::clock;
+use crate::{admin::drain::Mark, clock};
 
 /// How long a peer may take to tell its status before the report goes out without it.
 const STATUS_REPLY_MAX: Duration = Duration::from_millis(500);
@@ -32,7 +33,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// `/v1/health`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Health {
-    /// `ok`, `starting`, `repairing`, `stopping`, or why the node answers through others: `stalled`, `failed`,
+    /// `ok`, `starting`, `repairing`, `draining`, `drained`, `stopping`, or why the node answers through others: `stalled`, `failed`,
     /// `rebuilding`, `fenced`.
     pub status: String,
     /// Name of the node.
@@ -47,6 +48,8 @@ pub struct Health {
     pub applied_index: u64,
     /// The disk.
     pub disk: DiskHealth,
+    /// `none`, `wants`, `draining` or `drained`.
+    pub drain: Mark,
     /// What the log waits for while it is being repaired from the other nodes, or what is damaged in the tree while it
     /// is being replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -90,6 +93,10 @@ pub struct MemberReport {
     pub purged_log_index: Option<u64>,
     /// Its disk; when it does not answer what it said last, if it was silenced then, else `None`.
     pub disk: Option<DiskHealth>,
+    /// `none`, `wants`, `draining` or `drained`.
+    pub drain: Option<Mark>,
+    /// 99th percentile of its log's syncs of the last seconds, milliseconds; `None` when there were none.
+    pub fsync_p99_ms: Option<u64>,
     /// Version of its program.
     pub version: Option<String>,
     /// `host:port` of its peer listener.
@@ -124,6 +131,7 @@ pub fn health(shared: &Shared) -> Health {
         () if shared.silenced().is_some() => "failed",
         () if shared.repairing.borrow().is_some() => "repairing",
         () if shared.core.get().is_none() => "starting",
+        () if shared.flows.drain.mark().is_out() => shared.flows.drain.mark().word(),
         () => "ok",
     };
     Health {
@@ -134,6 +142,7 @@ pub fn health(shared: &Shared) -> Health {
         leader: view.leader.map(|l| l.name),
         applied_index: shared.core.get().map_or(0, |core| core.published().fact_index),
         disk,
+        drain: shared.flows.drain.mark(),
         repairing: shared
             .repairing
             .borrow()
@@ -164,6 +173,7 @@ pub fn own_status(shared: &Shared) -> StatusReply {
         fsync_p99_ms: shared.wal().and_then(WalHandle::fsync_p99_ms).map(whole_ms),
         membership: Some((*view.membership).clone()).filter(|m| m.log_id().is_some()),
         replication: shared.core.get().and_then(|core| own_replication(shared, core)),
+        drain: DrainMark { mark: shared.flows.drain.mark(), boot: shared.local.load().boot },
         room: shared.space.report().borrow().clone(),
     }
 }
@@ -261,6 +271,8 @@ fn report(id: u64, member: Member, status: Option<StatusReply>, voter: bool, lag
         last_log_index: known.and_then(|s| s.last_log_index),
         purged_log_index: known.and_then(|s| s.purged_log_index),
         disk: known.map(|s| s.disk.clone()),
+        drain: known.map(|s| s.drain.mark),
+        fsync_p99_ms: known.and_then(|s| s.fsync_p99_ms),
         version: known.map(|s| s.version.clone()),
         peer_addr,
         http_addr,
@@ -340,6 +352,10 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
     }
     if is_stopping(shared) {
         return Err("this node is stopping".into());
+    }
+    let mark = shared.flows.drain.mark();
+    if mark.is_out() {
+        return Err(format!("this node is {}", mark.word()));
     }
     if let Some(waits_for) = shared.repairing.borrow().as_ref() {
         return Err(format!("the log is being repaired: {waits_for}"));

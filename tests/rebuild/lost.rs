@@ -18,11 +18,14 @@ fn segments(cluster: &Cluster, i: usize) -> Vec<PathBuf> {
     names.into_iter().map(|name| dir.join(name)).collect()
 }
 
+/// What is done to the files of a node that has stopped.
+type Harm = fn(&Cluster, usize);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_log_that_is_lost_at_the_start_has_the_whole_node_rebuilt_without_a_command() {
     let mut cluster = Cluster::new(|_| {}).await;
     let mut acknowledged = Vec::new();
-    let harms: [(&str, fn(&Cluster, usize)); 3] = [
+    let harms: [(&str, Harm); 3] = [
         ("the newest segment is gone", |c, i| {
             c.disks[i].shared().remove(segments(c, i).last().unwrap()).unwrap();
         }),

@@ -17,6 +17,9 @@ use crate::clock;
 /// Finished jobs that are still told about.
 const FINISHED_MAX: usize = 16;
 
+/// Steps that a job keeps.
+const STEPS_MAX: usize = 64;
+
 /// An operator's order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Order {
@@ -37,8 +40,26 @@ pub enum JobState {
     Waiting,
     /// It is done.
     Finished,
-    /// It was given up; `detail` says why, and nothing was changed.
+    /// It was given up; `detail` says why.
     Failed,
+    /// An operator ended it, and what it had done was undone.
+    Cancelled,
+}
+
+impl JobState {
+    /// Whether nothing more comes.
+    pub fn is_over(self) -> bool {
+        matches!(self, JobState::Finished | JobState::Failed | JobState::Cancelled)
+    }
+}
+
+/// A step of a job that was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StepReport {
+    /// Its name, as `step` of the job named it.
+    pub name: &'static str,
+    /// How long it took, milliseconds.
+    pub ms: u64,
 }
 
 /// A job as `GET /v1/admin/jobs/{id}` shows it.
@@ -46,20 +67,30 @@ pub enum JobState {
 pub struct JobReport {
     /// Its id.
     pub id: String,
-    /// `rebuild`.
+    /// `rebuild`, `drain`, `undrain` or `failover`.
     pub kind: &'static str,
-    /// Name of the node.
+    /// Name of the node that it runs on.
     pub node: String,
     /// State.
     pub state: JobState,
-    /// What is being done: `asking`, `pulling`, `swapping`, `joining`, `catching up`, `finished`.
+    /// What is being done, for example `pulling` or `handing over leadership`.
     pub step: &'static str,
-    /// What it waits for, or why it was begun.
+    /// The steps that were done, the oldest first.
+    pub steps: Vec<StepReport>,
+    /// What it waits for, why it was begun, or how it ended.
     pub detail: String,
+    /// Who or what began it.
+    pub cause: String,
     /// Whether the node decided by itself.
     pub automatic: bool,
-    /// The node the files come from.
+    /// Whether `DELETE` of it would undo it now.
+    pub cancellable: bool,
+    /// The node the files or leadership come from.
     pub from: Option<String>,
+    /// The node that leads afterwards, once leadership has moved.
+    pub to: Option<String>,
+    /// The term in which it leads.
+    pub term: Option<u64>,
     /// The Raft id under which it comes back, once that is known.
     pub fresh_id: Option<u64>,
     /// Bytes of the checkpoint that are here.
@@ -74,6 +105,19 @@ pub struct JobReport {
     pub began_unix_ms: u64,
     /// How long it took or has taken so far, milliseconds.
     pub ms: u64,
+}
+
+impl JobReport {
+    /// Notes that `name` took so long. A job that goes round in circles, as one that waits does, keeps its last steps.
+    pub fn step_done(&mut self, name: &'static str, ms: u64) {
+        if name.is_empty() {
+            return;
+        }
+        if self.steps.len() >= STEPS_MAX {
+            self.steps.remove(0);
+        }
+        self.steps.push(StepReport { name, ms });
+    }
 }
 
 /// How far a pull is.
@@ -122,6 +166,7 @@ struct Inner {
     order: Option<Order>,
     current: Option<JobReport>,
     began_ms: u64,
+    step_began_ms: u64,
     finished: VecDeque<JobReport>,
 }
 
@@ -173,6 +218,12 @@ impl Desk {
         Some(self.filled(report, inner.began_ms))
     }
 
+    /// Every job there is to tell of, the newest first.
+    pub fn all(&self) -> Vec<JobReport> {
+        let ended = self.inner().finished.clone();
+        self.current().into_iter().chain(ended).collect()
+    }
+
     /// A job by its id.
     pub fn job(&self, id: &str) -> Option<JobReport> {
         if let Some(current) = self.current().filter(|job| job.id == id) {
@@ -203,10 +254,19 @@ impl Desk {
     /// The runner shows where it is.
     pub fn show(&self, change: impl FnOnce(&mut JobReport)) {
         let mut inner = self.inner();
+        let now_ms = clock::monotonic_ms();
         if inner.current.is_none() {
-            inner.began_ms = clock::monotonic_ms();
+            (inner.began_ms, inner.step_began_ms) = (now_ms, now_ms);
         }
-        change(inner.current.get_or_insert_default());
+        let step_ms = now_ms.saturating_sub(inner.step_began_ms);
+        let report = inner.current.get_or_insert_default();
+        let before = report.step;
+        change(report);
+        report.cause = if report.automatic { "the node itself" } else { "an operator" }.to_owned();
+        if report.step != before {
+            report.step_done(before, step_ms);
+            inner.step_began_ms = now_ms;
+        }
         drop(inner);
         self.changed.send_modify(|n| *n += 1);
     }
@@ -219,6 +279,7 @@ impl Desk {
         if let Some(report) = inner.current.take() {
             let mut report = self.filled(report, began_ms);
             report.state = state;
+            report.step_done(report.step, clock::monotonic_ms().saturating_sub(inner.step_began_ms));
             report.step = if state == JobState::Finished { "finished" } else { report.step };
             report.detail = detail.unwrap_or(report.detail);
             inner.finished.push_front(report);
@@ -233,7 +294,7 @@ impl Desk {
         let mut changed = self.changed.subscribe();
         loop {
             let job = self.job(id)?;
-            if matches!(job.state, JobState::Finished | JobState::Failed) {
+            if job.state.is_over() {
                 return Some(job);
             }
             changed.changed().await.ok()?;

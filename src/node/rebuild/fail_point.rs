@@ -87,7 +87,7 @@ mod armed {
     }
 
     pub(super) fn hit(data_dir: &Path, point: &'static str) -> Result<(), super::Stopped> {
-        debug_assert!(super::POINTS.contains(&point), "{point} is in no list");
+        debug_assert!(crate::fail_points::is_known(point), "{point} is in no list");
         stemedb_raft::fail_point::pass(point);
         let then = {
             let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);

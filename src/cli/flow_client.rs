@@ -1,0 +1,193 @@
+//! Orders for flows, and the jobs that come of them, as a client sees them.
+//!
+//! Any node takes an order and passes it on, so the endpoints are tried one after the other until one answers. An order
+//! that may have arrived is not sent again: its job is looked for instead, by the person.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+
+use super::http_client::{Answer, Call, Client, Endpoint, HttpError, encode_query};
+use super::{CliError, output};
+
+/// Deadline of an order: the server answers within 30 s, and passes on within 40 s.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(45);
+/// Deadline of a question.
+pub const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a job is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// Questions in a row without an answer before a command gives up; the job goes on.
+const SILENCE_MAX: u32 = 20;
+
+/// A job; unknown fields are ignored, so that newer nodes can be asked.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Job {
+    /// Its id.
+    pub id: String,
+    /// `drain`, `undrain`, `failover` or `rebuild`.
+    pub kind: String,
+    /// The node that it runs on.
+    pub node: String,
+    /// `running`, `waiting`, `finished`, `failed` or `cancelled`.
+    pub state: String,
+    /// What is being done.
+    pub step: String,
+    /// How long each step took.
+    pub steps: Vec<JobStep>,
+    /// What it waits for, or how it ended.
+    pub detail: String,
+    /// Who or what began it.
+    pub cause: String,
+    /// The node leadership or files come from.
+    pub from: Option<String>,
+    /// The node that leads afterwards.
+    pub to: Option<String>,
+    /// The term in which it leads.
+    pub term: Option<u64>,
+    /// Bytes fetched, of a rebuild.
+    pub bytes_done: u64,
+    /// Bytes to fetch, of a rebuild.
+    pub bytes_total: u64,
+    /// Seconds left, of a rebuild.
+    pub eta_s: Option<u64>,
+    /// When it began.
+    pub began_unix_ms: u64,
+    /// How long it took or has taken, milliseconds.
+    pub ms: u64,
+}
+
+/// A step that was done.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct JobStep {
+    /// Its name.
+    pub name: String,
+    /// How long it took, milliseconds.
+    pub ms: u64,
+}
+
+impl Job {
+    /// Whether nothing more comes.
+    pub fn is_over(&self) -> bool {
+        matches!(self.state.as_str(), "finished" | "failed" | "cancelled")
+    }
+}
+
+/// Whether an answer says that another node may know more: no leader there, or not the leader any more.
+fn is_try_elsewhere(answer: &Answer) -> bool {
+    answer.status == 503
+}
+
+/// Sends an order to the first endpoint that takes it. `Refused` with the problem's words when one refuses it.
+pub async fn order(endpoints: &[Endpoint], call: &Call) -> Result<(Client, Answer), CliError> {
+    let mut errors = Vec::new();
+    for endpoint in endpoints {
+        let mut client = Client::new(endpoint.clone());
+        let authority = endpoint.authority();
+        match client.call(call, ORDER_TIMEOUT).await {
+            Ok(answer) if answer.is_success() => return Ok((client, answer)),
+            Ok(answer) if is_try_elsewhere(&answer) => errors.push(format!("{authority}: {}", answer.describe())),
+            Ok(answer) => return Err(CliError::Refused(answer.describe())),
+            Err(HttpError::NotSent(why)) => errors.push(format!("{authority}: {why}")),
+            Err(HttpError::Unknown(why)) => {
+                return Err(CliError::Unreachable(format!(
+                    "{authority} took the order and gave no answer ({why}). Whether it was carried out is not known: \
+                     look at `stemedb status` and `stemedb job list`"
+                )));
+            }
+        }
+    }
+    Err(CliError::Unreachable(format!("no node took the order: {}", errors.join("; "))))
+}
+
+/// Asks the first endpoint that answers.
+pub async fn ask(endpoints: &[Endpoint], path: &str) -> Result<(Client, Answer), CliError> {
+    order(endpoints, &Call::get(path)).await
+}
+
+/// Follows the job of an answer to its end. With `wait` false it is shown as it is.
+pub async fn follow(client: &mut Client, answer: &Answer, wait: bool) -> Result<Job, CliError> {
+    let mut job: Job = answer.json().map_err(CliError::Unreachable)?;
+    if !wait || job.is_over() {
+        return Ok(job);
+    }
+    let path = format!("/v1/admin/jobs/{}?node={}", encode_query(&job.id), encode_query(&job.node));
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
+        bar.set_style(style);
+    }
+    let mut silent = 0;
+    while !job.is_over() {
+        bar.set_message(format!("{}: {}", job.node, job.step));
+        bar.tick();
+        tokio::time::sleep(LOOK_INTERVAL).await;
+        match client.get_json::<Job>(&path, ASK_TIMEOUT).await {
+            Ok(next) => (job, silent) = (next, 0),
+            Err(_) if silent < SILENCE_MAX => silent += 1,
+            Err(error) => {
+                bar.abandon();
+                return Err(CliError::Unreachable(format!(
+                    "{error}. Job {} may go on; see `stemedb job list`",
+                    job.id
+                )));
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(job)
+}
+
+/// Prints a job that was ordered: as JSON, or as one line. A job that has failed is an error.
+pub fn show(job: &Job, json: bool) -> Result<(), CliError> {
+    if matches!(job.state.as_str(), "failed" | "cancelled") {
+        return Err(CliError::Refused(format!("the {} {}: {}", job.kind, job.state, job.detail)));
+    }
+    if json {
+        return output::json(job);
+    }
+    output::line(&line(job))
+}
+
+fn line(job: &Job) -> String {
+    if !job.is_over() {
+        return format!(
+            "Job {} goes on at {}: {}. `stemedb job show {}` shows it.",
+            job.id, job.node, job.step, job.id
+        );
+    }
+    let moved = match (&job.from, &job.to, job.term) {
+        (Some(from), Some(to), Some(term)) => format!(" Leadership went from {from} to {to} in term {term}."),
+        _ => String::new(),
+    };
+    format!("{} of {}: {} ({} ms).{moved}", job.kind, job.node, job.detail, job.ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_says_what_became_of_a_job() {
+        let job = Job {
+            id: "7".into(),
+            kind: "failover".into(),
+            node: "node-1".into(),
+            state: "finished".into(),
+            detail: "node-2 leads in term 5 and takes writes".into(),
+            from: Some("node-1".into()),
+            to: Some("node-2".into()),
+            term: Some(5),
+            ms: 31,
+            ..Job::default()
+        };
+        assert_eq!(
+            line(&job),
+            "failover of node-1: node-2 leads in term 5 and takes writes (31 ms). \
+             Leadership went from node-1 to node-2 in term 5."
+        );
+        let running = Job { state: "running".into(), step: "asking the others".into(), ..job };
+        assert!(line(&running).contains("stemedb job show 7"));
+    }
+}

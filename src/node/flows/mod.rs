@@ -1,0 +1,86 @@
+//! Carries out the flows of `admin` on this node: drain, undrain and failover.
+//!
+//! ```text
+//!  order ─► Board (one at a time) ─► a task of the process: View ─► admin::…::next ─► Step ─► ...
+//!                    │                                  ▲ asks the members, watches leader and requests
+//!                    └► what `/v1/admin/jobs` shows
+//! ```
+//!
+//! A drain belongs to the process and not to an incarnation of the node: a rebuild does not end it. It is told to the
+//! others with this node's status, and the order outlasts a restart only if that was asked for (`mark`). Jobs are
+//! forgotten with their process: a flow whose node dies has no other state than leadership, which an election moves.
+
+mod board;
+mod drain;
+pub(crate) mod fail_point;
+mod failover;
+mod mark;
+mod members;
+mod stop;
+mod traffic;
+
+use std::{path::Path, sync::Arc};
+
+use super::{files::FileError, rebuild::desk::JobReport};
+use crate::admin::{
+    drain::{Mark, Tolerance},
+    failover::Refusal,
+};
+
+pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS};
+pub use self::{
+    board::{Board, NotCancelled},
+    drain::{DrainOrder, DrainPlan, order_drain, order_undrain, plan_drain},
+    failover::{Candidate, FailoverPlan, order_failover, plan_failover},
+    mark::{DrainMark, DrainWatch},
+    stop::stop_gently,
+    traffic::Traffic,
+};
+
+/// What the flows of one process share.
+pub struct Flows {
+    /// The jobs.
+    pub board: Arc<Board>,
+    /// How far out of traffic this node is.
+    pub drain: DrainWatch,
+    /// Requests of clients that are under way.
+    pub traffic: Traffic,
+}
+
+impl Flows {
+    /// Of a process over this folder, which may have been drained before for longer than one process.
+    pub fn open(data_dir: &Path) -> Result<Flows, FileError> {
+        Ok(Flows { board: Board::new(), drain: DrainWatch::open(data_dir)?, traffic: Traffic::default() })
+    }
+}
+
+/// Why a flow was not begun, or not gone on with. Nothing is left of it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FlowError {
+    /// Another flow goes on here.
+    #[error("job {} ({}) goes on here", .0.id, .0.kind)]
+    Busy(Box<JobReport>),
+    /// Another node is out of traffic, or on its way.
+    #[error("{by} is {}", .mark.word())]
+    Held {
+        /// Its name.
+        by: String,
+        /// How far it is.
+        mark: Mark,
+    },
+    /// The cluster could not go on without this node.
+    #[error("{}", .0.words(.1))]
+    Risky(Tolerance, String),
+    /// Leadership cannot be moved so.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// It is not possible here and now.
+    #[error("{0}")]
+    Impossible(String),
+    /// This node does not lead; the name of the one that does.
+    #[error("this node does not lead")]
+    NotLeader(Option<String>),
+    /// The operator or the end of the process came before.
+    #[error("it was cancelled")]
+    Cancelled,
+}

@@ -1,0 +1,75 @@
+//! The commands as programs, against a running cluster: what they print, and their exit codes.
+
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use super::support::Cluster;
+
+/// Runs the program on a thread of its own. Exit code, standard output, standard error.
+async fn stemedb(cluster: &Cluster, args: &[&str]) -> (i32, String, String) {
+    let endpoints: Vec<&str> = cluster.peers.iter().map(|peer| peer.http.as_str()).collect();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stemedb"));
+    command.args(args).stdin(Stdio::null()).env("STEMEDB_ENDPOINTS", endpoints.join(","));
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+async fn json(cluster: &Cluster, args: &[&str]) -> Value {
+    let (code, out, err) = stemedb(cluster, args).await;
+    assert_eq!(code, 0, "{args:?}: {out}{err}");
+    serde_json::from_str(&out).unwrap_or_else(|e| panic!("{args:?}: {e}: {out}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_drains_moves_leadership_and_looks_at_it_with_the_commands() {
+    let cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    let (target, third) = ((leader + 1) % 3, (leader + 2) % 3);
+    let job = json(&cluster, &["failover", "--to", cluster.name(target), "--json"]).await;
+    assert_eq!((&job["from"], &job["to"]), (&cluster.name(leader).into(), &cluster.name(target).into()), "{job}");
+    assert_eq!(cluster.leader().await, target);
+    let (code, out, _) = stemedb(&cluster, &["failover", "--dry-run"]).await;
+    assert!(code == 0 && out.contains(&format!("Leadership would go from {}", cluster.name(target))), "{out}");
+    let (code, _, err) = stemedb(&cluster, &["failover", "--to", cluster.name(target)]).await;
+    assert!(code == 4 && err.contains("leader already"), "{code} {err}");
+
+    let (code, out, err) = stemedb(&cluster, &["drain", cluster.name(third)]).await;
+    assert!(code == 0 && out.contains("out of traffic"), "{out}{err}");
+    let (code, _, err) = stemedb(&cluster, &["drain", cluster.name(leader), "--dry-run"]).await;
+    assert!(code == 1, "held by another: {err}");
+    let (code, _, err) = stemedb(&cluster, &["drain", cluster.name(leader)]).await;
+    assert!(code == 4 && err.contains(cluster.name(third)), "{err}");
+    assert_eq!(stemedb(&cluster, &["drain"]).await.0, 2, "which of the three?");
+
+    let status = json(&cluster, &["status", "--json"]).await;
+    let drained = status["nodes"].as_array().unwrap().iter().find(|node| node["name"] == cluster.name(third)).unwrap();
+    assert_eq!((&drained["health"]["status"], &drained["health"]["drain"]), (&"drained".into(), &"drained".into()));
+    let (code, out, _) = stemedb(&cluster, &["status"]).await;
+    assert_eq!(code, 0, "a drain is wanted: {out}");
+    for column in ["NODE", "ROLE", "ID", "TERM", "APPLIED", "LAG", "LAG BYTES", "FSYNC P99", "DISK", "DRAIN", "VERSION"]
+    {
+        assert!(out.contains(column), "{column}: {out}");
+    }
+    assert_eq!(json(&cluster, &["undrain", cluster.name(third), "--json"]).await["state"], "finished");
+    cluster.all_ready().await;
+
+    let jobs = json(&cluster, &["job", "list", "--json"]).await;
+    let kinds: Vec<&str> = jobs["jobs"].as_array().unwrap().iter().map(|job| job["kind"].as_str().unwrap()).collect();
+    assert!(["failover", "drain", "undrain"].iter().all(|kind| kinds.contains(kind)), "{kinds:?}");
+    let (code, out, _) = stemedb(&cluster, &["job", "show", job["id"].as_str().unwrap()]).await;
+    assert!(code == 0 && out.contains("asking a candidate"), "{out}");
+    assert_eq!(stemedb(&cluster, &["job", "cancel", job["id"].as_str().unwrap()]).await.0, 4, "it has ended");
+    assert_eq!(stemedb(&cluster, &["job", "show", "none"]).await.0, 4);
+    cluster.stop_all().await;
+}
+
+#[test]
+fn completions_are_printed_for_every_shell() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_stemedb")).args(["completions", shell]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("failover") && text.contains("undrain"), "{shell}");
+    }
+}

@@ -1,0 +1,59 @@
+//! Leadership moves on command, to whom it is told, and writes go on.
+
+use serde_json::{Value, json};
+
+use super::support::{Clients, Cluster};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn leadership_goes_where_it_is_told_and_the_answer_comes_from_a_cluster_that_writes() {
+    let cluster = Cluster::new(3).await;
+    let clients = Clients::start(&cluster, 4);
+    let mut took = Vec::new();
+    for round in 0..6 {
+        let leader = cluster.leader().await;
+        let target = (leader + 1 + round % 2) % 3;
+        // Asked of the leader, of the target and of the third node alike.
+        let asked = round % 3;
+        let job = cluster.order(asked, "/v1/admin/failover", json!({"target": cluster.name(target)})).await;
+        assert_eq!(job["state"], "finished", "{job}");
+        assert_eq!((&job["from"], &job["to"]), (&json!(cluster.name(leader)), &json!(cluster.name(target))), "{job}");
+        assert_eq!(cluster.write(leader, &format!("round-{round}")).await, cluster.name(target));
+        assert_eq!(cluster.leader().await, target);
+        assert_eq!(job["term"], json!(cluster.node(target).health().term));
+        took.push(job["ms"].as_u64().unwrap());
+    }
+    eprintln!("failovers took {took:?} ms");
+    clients.finish(&cluster).await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_target_whoever_lacks_least_takes_over_and_jobs_tell_of_it() {
+    let cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    let plan = cluster.order((leader + 1) % 3, "/v1/admin/failover?dry_run=true", json!({})).await;
+    assert_eq!((&plan["from"], plan["candidates"].as_array().unwrap().len()), (&json!(cluster.name(leader)), 2));
+    assert_eq!(cluster.leader().await, leader, "a plan moves nothing");
+    let answer = cluster.post(leader, "/v1/admin/failover?wait=false", json!({})).await;
+    assert_eq!(answer.status, 202, "{}", answer.describe());
+    let location = answer.header("location").unwrap().to_owned();
+    let ended = cluster
+        .until("the end of the job", async |c| {
+            // Through another node, by the address that the answer gave.
+            let job: Value = c.get((leader + 1) % 3, &location).await.json().unwrap();
+            (job["state"] == "finished").then_some(job)
+        })
+        .await;
+    assert_eq!(ended["kind"], "failover");
+    let jobs: Value = cluster.get(leader, "/v1/admin/jobs").await.json().unwrap();
+    assert_eq!(jobs["jobs"].as_array().unwrap().len(), 1, "{jobs}");
+    assert_eq!(jobs["jobs"][0]["id"], ended["id"]);
+    // Followers are well and not the leader, which Envoy hears with its probe.
+    let now = cluster.leader().await;
+    for i in 0..3 {
+        let ready = cluster.get(i, "/v1/health/ready").await;
+        assert!(ready.is_success());
+        assert_eq!(ready.header("x-envoy-degraded").is_some(), i != now, "node {i}");
+    }
+    cluster.stop_all().await;
+}

@@ -73,7 +73,10 @@ fn points() -> Vec<&'static str> {
 #[test]
 fn every_point_has_a_name_of_its_own_and_a_scenario() {
     let mut points: Vec<&str> = fail_points::points().collect();
-    assert!(points.iter().map(|point| scenario(point)).count() > 30);
+    for point in &points {
+        scenario(point);
+    }
+    assert!(points.len() > 30);
     let count = points.len();
     points.sort_unstable();
     points.dedup();

@@ -16,7 +16,7 @@ use openraft::{
 };
 use stemedb_raft::{
     Electorate, Entry, EntryData, OpenStep, TypeConfig, Vote, WalOptions, WalStore, codec,
-    disk::{Disk, RealDisk},
+    disk::RealDisk,
     frame::log_id,
     scan::scan_segment,
 };

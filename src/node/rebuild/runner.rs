@@ -15,6 +15,7 @@ use super::{
     journal::Journal,
     swap::SwapError,
     tree_steps::TreeJob,
+    tree_watch,
 };
 use crate::{
     admin::{
@@ -85,6 +86,7 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         restarted: true,
         tree: None,
         settled_at: None,
+        may_have_leftovers: true,
     };
     if let Some(journal) = &runner.journal {
         tracing::info!(phase = journal.phase.word(), why = journal.why, "a rebuild goes on where it was");
@@ -114,6 +116,8 @@ pub(super) struct Runner {
     pub(super) tree: Option<TreeJob>,
     /// When a rebuild that nobody ordered may begin.
     settled_at: Option<Instant>,
+    /// Whether a process before this one may have left fetched files that nobody needs any more.
+    may_have_leftovers: bool,
 }
 
 /// Why the current incarnation should be rebuilt, if so.
@@ -286,6 +290,7 @@ impl Runner {
                 tracing::warn!(%error, "the quarantine cannot be looked through");
             }
         }
+        self.remove_leftovers(shared).await;
         let (mut disk, mut need) = (shared.disk.subscribe(), shared.need.subscribe());
         disk.borrow_and_update();
         need.borrow_and_update();
@@ -295,6 +300,18 @@ impl Runner {
             _ = disk.changed() => {}
             _ = need.changed() => {}
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
+    }
+
+    /// A damaged tree may have been replaced without this runner: by a checkpoint that Raft found when it started, or by
+    /// one that the leader sent.
+    async fn remove_leftovers(&mut self, shared: &Shared) {
+        let is_sound = shared.core.get().is_some_and(|core| core.state.damage().borrow().is_none());
+        let idle = self.journal.is_none() && self.tree.is_none() && need(shared).is_none();
+        if self.may_have_leftovers && is_sound && idle {
+            self.may_have_leftovers = false;
+            tree_watch::forget(&self.data_dir).await;
+            self.remove_fetched().await;
         }
     }
 

@@ -347,7 +347,7 @@ impl Runner {
         Ok(())
     }
 
-    async fn remove_fetched(&self) {
+    pub(super) async fn remove_fetched(&self) {
         self.remove_staging().await;
         let dir = assembled(&self.data_dir);
         if let Ok(Err(error)) = tokio::task::spawn_blocking(move || folder::remove(&dir)).await {

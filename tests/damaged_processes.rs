@@ -1,6 +1,6 @@
 //! The experiment of FAST'18 with three real processes: random ones of the 4,096 combinations of damaged copies of four
-//! entries on three nodes (`recovery_from_peers.rs` has all of them in one process). Where an intact copy of each entry is
-//! left, all nodes come back with everything; where one is left nowhere, the nodes halt and say for what they wait.
+//! entries on three nodes (`recovery_from_peers.rs` has all of them in one process). Where an intact copy of each entry
+//! is left, all nodes come back with everything; where one is left nowhere, the nodes halt and say for what they wait.
 //!
 //! A few by default, 100 with `STEMEDB_TEST_FULL=1`; `STEMEDB_TEST_SEED` repeats one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout, missing_docs)]

@@ -1,8 +1,8 @@
-//! Real servers that are killed at each named point of recovery, repair, flush, compaction, checkpoint, replacement of the
-//! tree and rebuild: started again, they have everything that was acknowledged.
+//! Real servers that are killed at each named point of recovery, repair, flush, compaction, checkpoint, replacement of
+//! the tree and rebuild: started again, they have everything that was acknowledged.
 //!
-//! The points come from one list in the code (`stemedb::fail_points`); one without a scenario here fails the test. Some of
-//! them by default, all with `STEMEDB_TEST_FULL=1`; `STEMEDB_TEST_POINT=rebuild.swap` picks those that begin so.
+//! The points come from one list in the code (`stemedb::fail_points`); one without a scenario here fails the test. Some
+//! of them by default, all with `STEMEDB_TEST_FULL=1`; `STEMEDB_TEST_POINT=rebuild.swap` picks those that begin so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout, missing_docs)]
 
 mod rig;

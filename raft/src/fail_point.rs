@@ -1,8 +1,8 @@
 //! Named places at which a test ends the process, as a kill would.
 //!
-//! Only builds with debug assertions have them: in a release build [`pass`] is empty. A server takes the name of a point
-//! from `STEMEDB_TEST_FAIL_POINT`, or, so that it can be armed and disarmed while it runs, from the file that
-//! `STEMEDB_TEST_FAIL_FILE` names. `<point>` aborts the process; `<point> panics` ends the one task or thread that comes by.
+//! Only builds with debug assertions have them: in a release build [`pass`] is empty. A server takes the name of a
+//! point from `STEMEDB_TEST_FAIL_POINT`, or, so that it can be armed and disarmed while it runs, from the file that
+//! `STEMEDB_TEST_FAIL_FILE` names. `<point>` aborts the process; `<point> panics` ends the task that comes by.
 
 /// Every point of this crate, in the order of a start.
 pub const POINTS: &[&str] = &[

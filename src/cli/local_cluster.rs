@@ -200,15 +200,15 @@ impl LocalCluster {
         self.env.push((None, name.to_owned(), value.into()));
     }
 
-    /// The plan.
-    pub fn plan(&self) -> &[NodePlan] {
-        &self.plan
-    }
-
     /// The same for the next starts of one node.
     pub fn set_node_env(&mut self, node: usize, name: &str, value: impl Into<OsString>) {
         self.env.retain(|(of, known, _)| (*of, known.as_str()) != (Some(node), name));
         self.env.push((Some(node), name.to_owned(), value.into()));
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &[NodePlan] {
+        &self.plan
     }
 
     /// Process id of a running child.

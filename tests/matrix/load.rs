@@ -24,13 +24,18 @@ pub struct Running {
 }
 
 /// Waits until `condition` holds.
-pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+pub async fn until(what: &str, condition: impl AsyncFnMut() -> bool) {
+    until_or(what, condition).await.unwrap_or_else(|what| panic!("waited in vain: {what}"));
+}
+
+/// Waits until `condition` holds, and says for what it waited in vain.
+pub async fn until_or(what: &str, mut condition: impl AsyncFnMut() -> bool) -> Result<(), String> {
     let wait = async {
         while !condition().await {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(HANG, wait).await.unwrap_or_else(|_| panic!("waited in vain: {what}"));
+    tokio::time::timeout(HANG, wait).await.map_err(|_| what.to_owned())
 }
 
 impl Running {

@@ -3,30 +3,28 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 use stemedb::api;
 use stemedb::config::{Config, PeerEntry};
 use stemedb::metrics::Metrics;
 use stemedb::node::{Ground, Node, StartError};
-use stemedb_raft::disk::sim::{SimDisk, SyncFault};
-use stemedb_raft::disk::{Disk, DiskFile, FolderLock, FoundFile};
+use stemedb_raft::disk::sim::SimDisk;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::load::{Running, until};
-use super::table::{Act, Outcome, Victim};
+use super::load::until_or;
+use super::panic_disk::PanicDisk;
 
-struct Cluster {
-    dir: tempfile::TempDir,
-    peers: Vec<PeerEntry>,
-    disks: Vec<SimDisk>,
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    pub peers: Vec<PeerEntry>,
+    pub disks: Vec<SimDisk>,
     nodes: Vec<Option<Up>>,
     /// One for each node: set, the thread that writes its log panics at its next sync.
-    panics: Vec<Arc<AtomicBool>>,
+    pub panics: Vec<Arc<AtomicBool>>,
+    auto_rebuild: bool,
 }
 
 struct Up {
@@ -49,7 +47,8 @@ async fn bind(address: &str) -> TcpListener {
 }
 
 impl Cluster {
-    async fn new() -> Self {
+    /// Three nodes that are ready.
+    pub async fn new(auto_rebuild: bool) -> Self {
         let mut listeners = Vec::new();
         let mut peers = Vec::new();
         for i in 1..=3 {
@@ -64,6 +63,7 @@ impl Cluster {
             disks: (0..3).map(|_| SimDisk::new()).collect(),
             nodes: (0..3).map(|_| None).collect(),
             panics: (0..3).map(|_| Arc::default()).collect(),
+            auto_rebuild,
         };
         for (i, (peer, http)) in listeners.into_iter().enumerate() {
             cluster.start_on(i, peer, http).await.unwrap();
@@ -72,11 +72,11 @@ impl Cluster {
         cluster
     }
 
-    fn folder(&self, i: usize) -> PathBuf {
+    pub fn folder(&self, i: usize) -> PathBuf {
         self.dir.path().join(&self.peers[i].name)
     }
 
-    fn wal(&self, i: usize) -> PathBuf {
+    pub fn wal(&self, i: usize) -> PathBuf {
         self.folder(i).join("wal")
     }
 
@@ -92,6 +92,8 @@ impl Cluster {
         config.cluster.peers = self.peers.clone();
         config.cluster.bootstrap_expect = 3;
         config.wal.segment_size_mb = 1;
+        config.wal.retain_mb = 1;
+        config.cluster.auto_rebuild = self.auto_rebuild;
         // Other tests run beside this one: elections by overload are not what is looked for.
         config.cluster.heartbeat_ms = 100;
         config.cluster.election_min_ms = 600;
@@ -112,13 +114,13 @@ impl Cluster {
         Ok(())
     }
 
-    async fn start(&mut self, i: usize) -> Result<(), StartError> {
+    pub async fn start(&mut self, i: usize) -> Result<(), StartError> {
         let (peer, http) = (bind(&self.peers[i].addr).await, bind(&self.peers[i].http).await);
         self.start_on(i, peer, http).await
     }
 
     /// Stops a node; its clients are told by broken connections.
-    async fn stop(&mut self, i: usize) {
+    pub async fn stop(&mut self, i: usize) {
         let Some(up) = self.nodes[i].take() else { return };
         up.stop.cancel();
         up.node.shutdown().await;
@@ -126,19 +128,26 @@ impl Cluster {
         let _aborted = up.http.await;
     }
 
-    fn node(&self, i: usize) -> &Arc<Node> {
+    pub fn node(&self, i: usize) -> &Arc<Node> {
         &self.nodes[i].as_ref().expect("a running node").node
     }
 
-    fn up(&self) -> Vec<usize> {
+    pub fn up(&self) -> Vec<usize> {
         (0..3).filter(|i| self.nodes[*i].is_some()).collect()
     }
 
-    async fn ready(&self) {
-        until("all nodes are ready", async || self.up().iter().all(|i| self.node(*i).is_ready().is_ok())).await;
+    pub async fn ready(&self) {
+        let ready = async || self.up().iter().all(|i| self.node(*i).is_ready().is_ok());
+        if until_or("all nodes are ready", ready).await.is_err() {
+            for i in self.up() {
+                let node = self.node(i);
+                println!("{:?}\n{:?}\n{:?}", node.is_ready(), node.health(), node.jobs().current());
+            }
+            panic!("waited in vain: all nodes are ready");
+        }
     }
 
-    async fn leader(&self, except: Option<usize>) -> usize {
+    pub async fn leader(&self, except: Option<usize>) -> usize {
         let leads = || self.up().into_iter().find(|i| Some(*i) != except && self.node(*i).is_leader_with_quorum());
         let wait = async {
             loop {
@@ -154,7 +163,7 @@ impl Cluster {
     }
 
     /// Where its bytes are not zero, the last quarter left out: what lies there was surely durable.
-    fn durable_bytes(&self, i: usize) -> Vec<usize> {
+    pub fn durable_bytes(&self, i: usize) -> Vec<usize> {
         let mut places = Vec::new();
         let find = |bytes: &mut Vec<u8>| places = (0..bytes.len()).filter(|at| bytes[*at] != 0).collect();
         self.disks[i].corrupt(&self.segment(i), find).unwrap();
@@ -163,216 +172,20 @@ impl Cluster {
     }
 
     /// The segment that has frames.
-    fn segment(&self, i: usize) -> PathBuf {
+    pub fn segment(&self, i: usize) -> PathBuf {
         self.wal(i).join("segment.001.wal")
     }
 }
 
-pub async fn run(act: Act, victim: Victim, seed: u64) -> Outcome {
-    let mut cluster = Cluster::new().await;
-    let addresses: Vec<String> = cluster.peers.iter().map(|peer| peer.http.clone()).collect();
-    let running = Running::start(&addresses, seed);
-    running.more().await;
-    let leader = cluster.leader(None).await;
-    let i = if victim == Victim::Leader { leader } else { (leader + 1) % 3 };
-    let mut rng = StdRng::seed_from_u64(seed);
-    let seen = act_out(act, &mut cluster, &running, i, &mut rng).await;
-    running.more().await;
-    let outcome = running.judge(&cluster.up(), seen).await;
-    for i in 0..3 {
-        cluster.stop(i).await;
-    }
-    outcome
-}
-
-async fn act_out(
-    act: Act,
-    cluster: &mut Cluster,
-    running: &Running,
-    i: usize,
-    rng: &mut StdRng,
-) -> Result<String, String> {
-    match act {
-        Act::SyncFailsOnce => sync_fails(cluster, running, i, SyncFault::PagesMarkedClean).await,
-        Act::SyncFailsAndReverts => sync_fails(cluster, running, i, SyncFault::ContentsReverted).await,
-        Act::PowerCut => {
-            down(cluster, running, i, async |cluster| {
-                cluster.disks[i].power_cut(rng);
-            })
-            .await;
-            back(cluster, running, i, "").await
+/// A copy of a folder with everything in it.
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_folder(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
         }
-        Act::RandomBlock | Act::BitFlip | Act::SegmentShort | Act::SegmentMissing => {
-            down(cluster, running, i, async |_| ()).await;
-            let path = cluster.segment(i);
-            let places = cluster.durable_bytes(i);
-            let at = places[rng.random_range(0..places.len())];
-            let bit = 1 << rng.random_range(0..8);
-            let noise: Vec<u8> = (0..512).map(|_| rng.random()).collect();
-            let disk = &cluster.disks[i];
-            match act {
-                Act::SegmentMissing => disk.shared().remove(&path).unwrap(),
-                Act::SegmentShort => disk.corrupt(&path, |bytes| bytes.truncate(bytes.len() / 2)).unwrap(),
-                Act::BitFlip => disk.corrupt(&path, |bytes| bytes[at] ^= bit).unwrap(),
-                _ => disk.corrupt(&path, |bytes| bytes[at..at + noise.len()].copy_from_slice(&noise)).unwrap(),
-            }
-            running.more().await;
-            back(cluster, running, i, "segment.").await
-        }
-        Act::Wiped => {
-            down(cluster, running, i, async |_| ()).await;
-            std::fs::remove_dir_all(cluster.folder(i)).unwrap();
-            cluster.disks[i] = SimDisk::new();
-            back(cluster, running, i, "already a member").await
-        }
-        Act::WriterDies => {
-            cluster.panics[i].store(true, Ordering::Release);
-            let node = Arc::clone(cluster.node(i));
-            let fatal = async { tokio::time::timeout(crate::rig::HANG, node.wait_fatal()).await };
-            let said = tokio::select! {
-                said = fatal => said.map_err(|_| "the node never said that it cannot go on".to_owned())?,
-                () = until("the disk counts as failed", async || node.has_failed()) => {
-                    format!("its disk counts as failed: {}", node.health().disk.reason.unwrap_or_default())
-                }
-            };
-            running.more().await;
-            // A process would end now; its memory, which this one shares, with it. So there is no coming back here.
-            down(cluster, running, i, async |_| ()).await;
-            Ok(said)
-        }
-        other => Err(format!("{other:?} has no simulated ground")),
-    }
-}
-
-async fn sync_fails(cluster: &Cluster, running: &Running, i: usize, fault: SyncFault) -> Result<String, String> {
-    let term = cluster.node(i).health().term;
-    cluster.disks[i].fail_next_sync(".wal", fault);
-    until("the failure is known", async || cluster.node(i).has_failed()).await;
-    let others = async || cluster.leader(Some(i)).await;
-    let next = others().await;
-    running.more().await;
-    let failed = cluster.node(i);
-    if failed.is_leader_with_quorum() || failed.is_ready().is_ok() {
-        return Err("the failed node leads or calls itself ready".to_owned());
-    }
-    let moved = if cluster.node(next).health().term > term { ", in a later term" } else { "" };
-    Ok(format!("failed, and goes on as a proxy; another node leads{moved}"))
-}
-
-/// Takes a node down after `before`, under load, and waits until the others have served without it.
-async fn down(cluster: &mut Cluster, running: &Running, i: usize, mut before: impl AsyncFnMut(&Cluster)) {
-    running.load.set_up(i, false);
-    before(cluster).await;
-    cluster.stop(i).await;
-    running.more().await;
-}
-
-/// Starts a node again. It comes back, or refuses with words that name `refusal`; where `refusal` is empty it must
-/// come back.
-async fn back(cluster: &mut Cluster, running: &Running, i: usize, refusal: &str) -> Result<String, String> {
-    let honest = |why: String| {
-        let named = cluster_dir(&why).map_or_else(|| why.clone(), |dir| why.replace(dir, "DATA"));
-        let short: String = named.chars().take(160).collect();
-        if !refusal.is_empty() && why.contains(refusal) {
-            Ok(format!("refuses to start: {short}"))
-        } else {
-            Err(format!("did not come back: {why}"))
-        }
-    };
-    if let Err(error) = cluster.start(i).await {
-        return honest(error.to_string());
-    }
-    let node = Arc::clone(cluster.node(i));
-    tokio::select! {
-        why = node.wait_fatal() => {
-            cluster.stop(i).await;
-            honest(why)
-        }
-        () = until("it is ready", async || node.is_ready().is_ok()) => {
-            running.load.set_up(i, true);
-            Ok("comes back with everything".to_owned())
-        }
-    }
-}
-
-/// The temporary folder in a message, which differs from run to run.
-fn cluster_dir(why: &str) -> Option<&str> {
-    let from = why.find("/tmp/")?;
-    let rest = &why[from..];
-    Some(&rest[..rest.find("/node-")?])
-}
-
-/// A disk whose next sync of a segment panics when armed: the thread that called it dies.
-struct PanicDisk {
-    under: Arc<dyn Disk>,
-    armed: Arc<AtomicBool>,
-}
-
-struct PanicFile {
-    under: Arc<dyn DiskFile>,
-    armed: Arc<AtomicBool>,
-}
-
-impl PanicDisk {
-    fn file(&self, path: &Path, under: Arc<dyn DiskFile>) -> Arc<dyn DiskFile> {
-        // The spare too: it becomes the next segment while it is open.
-        match path.file_stem() {
-            Some(stem) if stem.to_string_lossy().starts_with("segment") => {
-                Arc::new(PanicFile { under, armed: Arc::clone(&self.armed) })
-            }
-            _ => under,
-        }
-    }
-}
-
-impl Disk for PanicDisk {
-    fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        self.under.create_dir_all(dir)
-    }
-    fn list(&self, dir: &Path) -> io::Result<Vec<FoundFile>> {
-        self.under.list(dir)
-    }
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(self.file(path, self.under.open(path)?))
-    }
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(self.file(path, self.under.create(path)?))
-    }
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.under.rename(from, to)
-    }
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        self.under.remove(path)
-    }
-    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        self.under.sync_dir(dir)
-    }
-    fn space(&self, dir: &Path) -> io::Result<stemedb_raft::disk::Space> {
-        self.under.space(dir)
-    }
-    fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>> {
-        self.under.lock(path)
-    }
-}
-
-impl DiskFile for PanicFile {
-    fn bytes(&self) -> io::Result<u64> {
-        self.under.bytes()
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.under.read_at(buf, offset)
-    }
-    fn read_uncached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.under.read_uncached_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.under.write_at(buf, offset)
-    }
-    fn reserve(&self, bytes: u64) -> io::Result<()> {
-        self.under.reserve(bytes)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        assert!(!self.armed.load(Ordering::Acquire), "a planted panic");
-        self.under.sync_data()
     }
 }

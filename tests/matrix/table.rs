@@ -1,35 +1,77 @@
 //! The table: which faults, where, on whom, and what must come of them. Row numbers are those of the list of faults that
 //! the database must survive.
 
+use stemedb_raft::disk::sim::SyncFault;
+
 /// What is broken in a cell.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Act {
-    /// The next sync of a file of the log fails once; later readers see the new data until it is evicted.
-    SyncFailsOnce,
-    /// As that, and readers see the old data again.
-    SyncFailsAndReverts,
+    /// The next sync of a file of the log fails once, in one of the ways of file systems.
+    SyncFails(SyncFault),
+    /// The first sync of the log's next segment fails.
+    RollFails,
+    /// The next sync of the log's folder fails.
+    FolderFails,
+    /// The next sync of the hard state fails, in an election.
+    VoteFails,
+    /// A sync of the tree fails; the log lies elsewhere. On the real kernel.
+    TreeFails,
+    /// Writes to the log fail; the process is restarted, and later the page cache is evicted. On the real kernel.
+    RestartAndEviction,
     /// The file system turns read-only. On the real kernel.
     ReadOnly,
-    /// A stopped node's log is damaged in a random block where it was durable.
-    RandomBlock,
-    /// One bit of a stopped node's log is flipped where it was durable.
-    BitFlip,
-    /// A segment of a stopped node is gone.
-    SegmentMissing,
-    /// A segment of a stopped node is cut to half.
-    SegmentShort,
+    /// The files of a stopped node are damaged.
+    AtRest(Harm),
+    /// A write to the log is done in the place of earlier entries, and reported as done.
+    WriteLandsElsewhere,
+    /// A stopped node's log is damaged, and another node is down when it comes back.
+    DamageAndOneDown,
+    /// A stopped node gets the files that it had at an earlier stop.
+    OldCopy,
     /// The power goes; of what was not synced a random part survives.
     PowerCut,
+    /// Nothing that the disk is asked for ends, until the process has fenced itself. On the real kernel.
+    Hang,
+    /// The disk has no byte left.
+    NoBytes,
+    /// The disk has no inode left.
+    NoInodes,
     /// kill -9 of the process, and a restart.
     Kill,
     /// SIGSTOP until the others have served without it, then SIGCONT.
     Freeze,
     /// The folder is emptied while the node is stopped.
     Wiped,
+    /// The same, and another node is down when it comes back.
+    WipedAndOneDown,
     /// The thread that writes the log panics.
     WriterDies,
-    /// Nobody built what this needs.
-    Waits(&'static str),
+    /// The task that passes this point panics.
+    TaskDies(&'static str),
+}
+
+/// Damage to the files of a node that is down. In the log it falls on what was durable.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Harm {
+    RandomBlock,
+    BlocksUnreadable,
+    BitFlip,
+    SegmentMissing,
+    SegmentShort,
+    SegmentLong,
+    SegmentUnreadable,
+    OneHardState,
+    BothHardStates,
+    IdentityMissing,
+    TableBlock,
+    CheckpointBlock,
+}
+
+impl Harm {
+    /// Whether it falls on files that only a node has that has flushed.
+    pub fn needs_tables(self) -> bool {
+        matches!(self, Self::TableBlock | Self::CheckpointBlock)
+    }
 }
 
 /// Where a cell runs.
@@ -41,6 +83,8 @@ pub enum Ground {
     Processes,
     /// Three processes, each on an ext4 of its own whose disk fails on command.
     Kernel,
+    /// Three processes, each on a small file system of its own.
+    Small,
 }
 
 /// One fault in one place.
@@ -51,6 +95,13 @@ pub struct Row {
     pub expected: &'static str,
     pub ground: Ground,
     pub act: Act,
+}
+
+impl Row {
+    /// Whether it has this number, or this act.
+    pub fn is_named(&self, name: &str) -> bool {
+        self.number == name || format!("{:?}", self.act).contains(name)
+    }
 }
 
 const fn row(
@@ -68,39 +119,57 @@ use Act::*;
 use Ground::*;
 
 const PROXY: &str = "acknowledges nothing itself, another leads, requests are answered through it";
-const REPAIR_OR_HALT: &str = "repaired, or the start is refused and says where";
+const REPAIRED: &str = "repaired from the others, with everything";
+const REBUILT: &str = "repaired or rebuilt from a replica, with everything";
+const FULL: &str = "another leads, reads and deletes go on, clears itself";
+const ENDS: &str = "the whole process ends, with the reason";
 
 pub const TABLE: &[Row] = &[
-    row("1", "fsync fails once", "log, append", PROXY, Simulated, SyncFailsOnce),
-    row("1", "fsync fails once", "log, roll", PROXY, Simulated, Waits("failures of a roll")),
-    row("1", "fsync fails once", "vote", PROXY, Simulated, Waits("failures of the hard state")),
-    row("1", "fsync fails once", "tree, manifest, checkpoint", PROXY, Kernel, Waits("failures of the tree")),
-    row("1", "fsync fails once", "folder of the log", PROXY, Simulated, Waits("failures of the folder")),
-    row(
-        "2",
-        "fsync fails, restart, eviction",
-        "log",
-        "the same state before and after",
-        Kernel,
-        Waits("recovery without the page cache"),
-    ),
-    row("3", "fsync fails, contents reverted", "log, append", PROXY, Simulated, SyncFailsAndReverts),
+    row("1", "fsync fails once", "log, append", PROXY, Simulated, SyncFails(SyncFault::PagesMarkedClean)),
+    row("1", "fsync fails once", "log, roll", PROXY, Simulated, RollFails),
+    row("1", "fsync fails once", "vote", PROXY, Simulated, VoteFails),
+    row("1", "fsync fails once", "tree, manifest, checkpoint", PROXY, Kernel, TreeFails),
+    row("1", "fsync fails once", "folder of the log", PROXY, Simulated, FolderFails),
+    row("2", "fsync fails, restart, eviction", "log", "the same before and after", Kernel, RestartAndEviction),
+    row("3", "fsync fails, reported late", "log, append", PROXY, Simulated, SyncFails(SyncFault::ReportedLate)),
+    row("3", "fsync fails, contents reverted", "log, append", PROXY, Simulated, SyncFails(SyncFault::ContentsReverted)),
     row("4", "the file system turns read-only", "all files", PROXY, Kernel, ReadOnly),
-    row("6", "a damaged block", "log, at rest", REPAIR_OR_HALT, Simulated, RandomBlock),
-    row("6", "a damaged block", "tree, checkpoint", "repaired from a replica", Simulated, Waits("repair of the tree")),
-    row("6", "reads fail", "log, tree", "repaired from a replica", Simulated, Waits("repair from peers")),
+    row("6", "a damaged block", "log, at rest", REPAIRED, Simulated, AtRest(Harm::RandomBlock)),
+    row("6", "reads fail", "log, at rest", REBUILT, Simulated, AtRest(Harm::BlocksUnreadable)),
+    row("6", "a damaged block", "checkpoint", REPAIRED, Simulated, AtRest(Harm::CheckpointBlock)),
+    row("6", "a damaged block", "tree, at rest", REBUILT, Simulated, AtRest(Harm::TableBlock)),
     row(
         "7",
         "a damaged block and another node down",
         "log",
         "recovers, or halts until it can",
         Simulated,
-        Waits("repair from peers"),
+        DamageAndOneDown,
     ),
-    row("8", "a segment is missing", "log", REPAIR_OR_HALT, Simulated, SegmentMissing),
-    row("8", "a segment is short", "log", REPAIR_OR_HALT, Simulated, SegmentShort),
-    row("9", "a bit flips", "log, at rest", REPAIR_OR_HALT, Simulated, BitFlip),
-    row("9", "an old copy is put back", "whole folder", "refused", Simulated, Waits("identity after a rebuild")),
+    row("8", "a segment is missing", "log", REBUILT, Simulated, AtRest(Harm::SegmentMissing)),
+    row("8", "a segment is short", "log", REBUILT, Simulated, AtRest(Harm::SegmentShort)),
+    row("8", "a segment is long", "log", REPAIRED, Simulated, AtRest(Harm::SegmentLong)),
+    row("8", "a segment cannot be read", "log", REBUILT, Simulated, AtRest(Harm::SegmentUnreadable)),
+    row(
+        "8",
+        "a copy of the hard state is damaged",
+        "log",
+        "comes back by the other copy",
+        Simulated,
+        AtRest(Harm::OneHardState),
+    ),
+    row("8", "the hard state is damaged", "log", "rebuilt under a fresh id", Simulated, AtRest(Harm::BothHardStates)),
+    row(
+        "8",
+        "the identity is missing",
+        "data folder",
+        "rebuilt under a fresh id",
+        Simulated,
+        AtRest(Harm::IdentityMissing),
+    ),
+    row("9", "an old copy is put back", "whole folder", "refused", Simulated, OldCopy),
+    row("9", "a bit flips", "log, at rest", REPAIRED, Simulated, AtRest(Harm::BitFlip)),
+    row("9", "a write lands elsewhere", "log", REPAIRED, Simulated, WriteLandsElsewhere),
     row(
         "10",
         "power cut, unsynced data lost or torn",
@@ -109,28 +178,16 @@ pub const TABLE: &[Row] = &[
         Simulated,
         PowerCut,
     ),
-    row("11", "the disk hangs", "log", "hands over, is fenced, others go on", Kernel, Waits("watchdog and fence")),
-    row("12", "no space", "log", "reads and deletes work, clears itself", Simulated, Waits("the ballast")),
-    row(
-        "12",
-        "no space, no inodes",
-        "tree, checkpoint",
-        "reads and deletes work, clears itself",
-        Kernel,
-        Waits("the ballast"),
-    ),
+    row("11", "the disk hangs", "all files", "hands over, is fenced, others go on", Kernel, Hang),
+    row("12", "no space", "all files", FULL, Small, NoBytes),
+    row("12", "no inodes", "all files", FULL, Small, NoInodes),
     row("13", "kill -9", "process", "comes back; no stale read", Processes, Kill),
     row("13", "SIGSTOP and SIGCONT", "process", "no stale read after it goes on", Processes, Freeze),
-    row("17", "a wiped node returns", "whole folder", "refused: it is a member already", Simulated, Wiped),
+    row("17", "a wiped node returns", "whole folder", "rebuilt under a fresh id", Simulated, Wiped),
+    row("17", "a wiped node returns, and another is down", "whole folder", "waits for it", Simulated, WipedAndOneDown),
     row("18", "a thread dies", "writer of the log", "the node says that it cannot go on", Simulated, WriterDies),
-    row(
-        "18",
-        "a thread dies",
-        "apply, heartbeat",
-        "the node says that it cannot go on",
-        Simulated,
-        Waits("fail points"),
-    ),
+    row("18", "a task dies", "apply", ENDS, Processes, TaskDies("task.apply")),
+    row("18", "a task dies", "Raft and its heartbeats", ENDS, Processes, TaskDies("task.raft")),
 ];
 
 /// On whom.

@@ -18,7 +18,12 @@ pub fn points() -> impl Iterator<Item = &'static str> {
 /// Whether a point is in any list: those above, and those at which a test holds or ends a flow within its own process.
 #[cfg(debug_assertions)]
 pub(crate) fn is_known(point: &str) -> bool {
-    let flows = [rebuild::fail_point::TREE_POINTS, flows::fail_point::DRAIN_POINTS, flows::fail_point::FAILOVER_POINTS];
+    let flows = [
+        rebuild::fail_point::TREE_POINTS,
+        &engine::receive::STEPS,
+        flows::fail_point::DRAIN_POINTS,
+        flows::fail_point::FAILOVER_POINTS,
+    ];
     points().chain(flows.into_iter().flatten().copied()).any(|known| known == point)
 }
 

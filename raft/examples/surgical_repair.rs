@@ -15,10 +15,8 @@ use openraft::{
     type_config::TypeConfigExt,
 };
 use stemedb_raft::{
-    Electorate, Entry, EntryData, OpenStep, TypeConfig, Vote, WalOptions, WalStore, codec,
-    disk::RealDisk,
-    frame::log_id,
-    scan::scan_segment,
+    Electorate, Entry, EntryData, OpenStep, TypeConfig, Vote, WalOptions, WalStore, codec, disk::RealDisk,
+    frame::log_id, scan::scan_segment,
 };
 
 const ENTRIES: u64 = 30_000;

@@ -370,15 +370,18 @@ async fn accepts(address: &str) -> bool {
     matches!(timeout(ASK_TIMEOUT, TcpStream::connect(address)).await, Ok(Ok(_)))
 }
 
-/// When both listeners were seen last accepting and first refusing; `None` when that does not happen in time.
+/// When the listener for clients was last seen accepting, and both listeners first refusing; `None` when that does not
+/// happen in time. The listener for clients is shut first, while peers still answer what clients had asked.
 async fn watch_fence(plan: &NodePlan, load: &Load, laid_us: u64) -> Option<(u64, u64)> {
     let deadline_us = laid_us + u64::try_from(FENCE_TIMEOUT.as_micros()).unwrap_or(u64::MAX);
     let mut accepted_us = laid_us;
     while load.recorder.now_us() < deadline_us {
         let asked_us = load.recorder.now_us();
-        if accepts(&plan.http_addr()).await || accepts(&plan.peer_addr()).await {
+        let accepts_clients = accepts(&plan.http_addr()).await;
+        if accepts_clients {
             accepted_us = asked_us;
-        } else {
+        }
+        if !accepts_clients && !accepts(&plan.peer_addr()).await {
             return Some((accepted_us, load.recorder.now_us()));
         }
         sleep(POLL).await;

@@ -5,7 +5,10 @@
 
 mod rig;
 
-use std::process::{Command, Stdio};
+use std::{
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
+};
 
 use serde_json::{Value, json};
 
@@ -13,9 +16,13 @@ fn is_full() -> bool {
     std::env::var_os("STEMEDB_TEST_FULL").is_some_and(|value| value == "1")
 }
 
+/// One at a time: three nodes and three disks are enough for a small machine.
+static DRILLS: Mutex<()> = Mutex::new(());
+
 /// Runs a drill to its end; its report and what it said beside it.
 fn drill(args: &[&str]) -> Option<(Value, String)> {
     let program = rig::faulty_disk_program()?;
+    let _one = DRILLS.lock().unwrap_or_else(PoisonError::into_inner);
     let output = Command::new(env!("CARGO_BIN_EXE_stemedb"))
         .args(["drill", "--json"])
         .args(args)

@@ -33,6 +33,9 @@ const ZERO_BYTES: usize = 1 << 20;
 /// segment at the disk's full speed keeps the log's own syncs waiting, and, on a small machine, everything else.
 const REST_FACTOR: u32 = 3;
 
+/// No rest is longer: on a disk or machine that is slow for a while a segment must come to its end all the same.
+const REST_MAX: Duration = Duration::from_millis(50);
+
 /// Pauses between two reservations that fail: the first and the longest. Room that is back is used within the longest.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 
@@ -149,7 +152,7 @@ impl SpareDesk {
     /// After a piece of a spare that took so long. A spare that somebody waits for is made without rests. Break: the
     /// log is closed, and nobody needs it; until the writer has ended, one may be needed.
     fn rest(&self, took: Duration) -> ControlFlow<()> {
-        let until = now() + took.saturating_mul(REST_FACTOR);
+        let until = now() + took.saturating_mul(REST_FACTOR).min(REST_MAX);
         let mut state = self.state();
         while !state.closing && !state.is_urgent && !state.is_awaited {
             let left = until.saturating_duration_since(now());

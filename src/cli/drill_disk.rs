@@ -346,8 +346,8 @@ fn note_state(seen: &States, at_us: u64, state: String) {
 /// When the node called itself healthy again after it had not.
 fn healthy_again_us(states: &StateWatch) -> Option<u64> {
     let seen = states.seen.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut later = seen.iter().skip_while(|(_, state)| state == "ok");
-    later.find(|(_, state)| state == "ok").map(|(at_us, _)| *at_us)
+    let mut later = seen.iter().skip_while(|(_, state)| status::works(state));
+    later.find(|(_, state)| status::works(state)).map(|(at_us, _)| *at_us)
 }
 
 fn finish(states: StateWatch, laid_us: u64) -> Vec<StateSeen> {

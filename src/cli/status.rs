@@ -114,10 +114,15 @@ pub async fn health(client: &mut Client, timeout: Duration) -> Result<NodeHealth
     client.get_json("/v1/health", timeout).await
 }
 
+/// Whether a node with this disk takes part in everything. A slow one does; only leadership is better elsewhere.
+pub fn works(disk_state: &str) -> bool {
+    matches!(disk_state, "ok" | "slow")
+}
+
 /// How many members vote and say that their disk is well, in the view of one node.
 pub async fn healthy_voters(client: &mut Client, timeout: Duration) -> Result<usize, String> {
     let cluster: ClusterBody = client.get_json("/v1/admin/cluster", timeout).await?;
-    let is_well = |member: &&MemberBody| member.voter && member.disk.as_ref().is_some_and(|disk| disk.state == "ok");
+    let is_well = |member: &&MemberBody| member.voter && member.disk.as_ref().is_some_and(|disk| works(&disk.state));
     Ok(cluster.members.iter().filter(is_well).count())
 }
 

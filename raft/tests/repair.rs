@@ -119,7 +119,7 @@ async fn every_flipped_bit_is_repaired_refused_or_harmless() {
     for segment in [1, newest] {
         let bytes = bytes_of(&sims[0], &path(segment));
         let near = |at: usize| bytes[at.saturating_sub(80)..(at + 80).min(bytes.len())].iter().any(|b| *b != 0);
-        let worth = |bit: &usize| step == 1 || near(bit / 8) || bit % 4099 == 0;
+        let worth = |bit: &usize| step == 1 || near(bit / 8) || bit.is_multiple_of(4099);
         for bit in (0..bytes.len() * 8).filter(worth).skip(slice().0).step_by(step * slice().1) {
             let sim = sims[0].fork();
             sim.corrupt(&path(segment), |b| b[bit / 8] ^= 1 << (bit % 8)).unwrap();

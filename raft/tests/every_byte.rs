@@ -68,7 +68,7 @@ async fn every_flipped_bit_is_harmless_or_refused() {
         sim.corrupt(&path(segment), |b| bytes = b.clone()).unwrap();
         // Zeros far from anything written are all alike: by default every bit near something, and few of the rest.
         let near = |at: usize| bytes[at.saturating_sub(80)..(at + 80).min(bytes.len())].iter().any(|b| *b != 0);
-        let worth = |bit: &usize| step() == 1 || near(bit / 8) || bit % 4099 == 0;
+        let worth = |bit: &usize| step() == 1 || near(bit / 8) || bit.is_multiple_of(4099);
         let bits = (0..bytes.len() * 8).filter(worth).skip(slice().0).step_by(step() * slice().1);
         for bit in bits {
             let copy = sim.fork();

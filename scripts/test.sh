@@ -34,7 +34,7 @@ cd "$(dirname "$0")/.." || exit 2
 say() { printf '== %s\n' "$*"; }
 
 # Tool and the Debian package that has it.
-tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount'
+tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps'
 
 missing_packages() {
     for pair in $tools; do
@@ -96,7 +96,9 @@ export RUST_BACKTRACE=0
 
 log=$(mktemp "${TMPDIR:-/tmp}/stemedb-test.XXXXXX") || exit 2
 small_disk=
+watcher=
 cleanup() {
+    [ -z "$watcher" ] || kill "$watcher" 2>/dev/null
     rm -f "$log"
     [ -z "$small_disk" ] || { umount "$small_disk" && rmdir "$small_disk"; }
 }
@@ -114,11 +116,29 @@ if [ -n "$full" ] && [ -z "${STEMEDB_TEST_SMALL_DISK:-}" ] && [ "$(id -u)" = 0 ]
 fi
 started=$SECONDS
 
+# A test that hangs must be a failure with a name and not a run without end: a test program that prints nothing for so
+# many seconds is ended. Its tests that had not ended are named by the harness after their first minute.
+silence_limit=900
+[ -n "$full" ] && silence_limit=7200
+end_what_hangs() {
+    while sleep 10; do
+        [ $(($(date +%s) - $(stat -c %Y "$log"))) -lt "$silence_limit" ] && continue
+        for cargo in $(pgrep -P $$ -x cargo); do
+            for program in $(pgrep -P "$cargo"); do
+                say "HANGS: $(tr '\0' ' ' <"/proc/$program/cmdline") printed nothing for $silence_limit s and is ended" | tee -a "$log"
+                kill -ABRT "$program"
+            done
+        done
+    done
+}
+end_what_hangs &
+watcher=$!
+
 # --show-output makes the harness repeat what passing tests print, which the summary needs; the console does without.
 # The feature adds the helper program of the tests on real file systems, and changes nothing else.
 cargo test --workspace --features faulty-disk --locked --no-fail-fast "${profile[@]}" "$@" -- --show-output "${ignored[@]}" 2>&1 |
     tee "$log" |
-    awk '/^successes:$/ { quiet = 1 } /^(failures:|test result:)/ { quiet = 0 } !quiet'
+    sed -u -E '/^successes:$/,/^(failures:|test result:)/ { /^(failures:|test result:)/!d }'
 status=${PIPESTATUS[0]}
 
 # One line "name: text" for each line that a passing test printed, at most 20 of one test.

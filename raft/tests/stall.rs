@@ -128,28 +128,30 @@ async fn slow_syncs_show_in_the_figures() {
 /// Whatever hangs: closing ends, the folder stays locked until the disk lets go, and nothing is changed after that.
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_does_not_wait_for_a_disk_that_hangs() {
-    for (kind, part, needs_write) in [
-        (Kind::Reserve, "segment.spare", true),
-        (Kind::Sync, "segment.spare", true),
-        (Kind::Sync, "segment.001", false),
+    // A spare is synced by the writer, which makes a segment of it, then the next one by the thread that prepares it.
+    for (kind, part, skip, hangs) in [
+        (Kind::Reserve, "segment.spare", 0, "segment.spare"),
+        (Kind::Sync, "segment.spare", 0, "segment.002.wal"),
+        (Kind::Sync, "segment.spare", 1, "segment.spare"),
+        (Kind::Sync, "segment.001", 0, "segment.001.wal"),
     ] {
         let sim = SimDisk::new();
-        let mut store = open_sim(&sim).unwrap();
+        let store = open_sim(&sim).unwrap();
         let handle = store.handle();
         until("a spare", || handle.room().spare_ready.then_some(())).await;
-        sim.hang(kind, part);
-        if needs_write {
-            // Takes the spare, and has the next one made.
-            append(&mut store, (0..4).map(|i| entry(1, i, &"x".repeat(15_000))).collect()).await.unwrap();
-        } else {
-            let mut writing = store.clone();
-            tokio::spawn(async move { append(&mut writing, vec![entry(1, 0, "x")]).await });
-        }
+        sim.hang_after(skip, kind, part);
+        let mut writing = store.clone();
+        let entries = (0..4).map(|i| entry(1, i, &"x".repeat(15_000))).collect();
+        let mut write = Some(tokio::spawn(async move { append(&mut writing, entries).await }));
         until("the hang", || (sim.hung() == 1).then_some(())).await;
+        if (kind, skip) != (Kind::Sync, 0) {
+            // It is the preparing thread that hangs: the writer goes on.
+            write.take().unwrap().await.unwrap().unwrap();
+        }
         let closing = handle.clone();
         let closed = tokio::task::spawn_blocking(move || closing.close_within(Duration::from_millis(50))).await;
         let latched = closed.unwrap().unwrap_err();
-        assert!(latched.operation == "close" && latched.error.contains(part), "{latched}");
+        assert!(latched.operation == "close" && latched.error.contains(hangs), "{latched}");
         assert!(!handle.wait_ended(Duration::ZERO));
         assert!(open_sim(&sim).is_err(), "{part}: the folder was given back while a thread may change it");
         let operations = sim.operations();
@@ -157,6 +159,10 @@ async fn closing_does_not_wait_for_a_disk_that_hangs() {
         let ending = handle.clone();
         assert!(tokio::task::spawn_blocking(move || ending.wait_ended(Duration::from_secs(60))).await.unwrap());
         assert_eq!(sim.operations(), operations, "{part}: changed after the log was given up");
+        if let Some(write) = write {
+            assert!(write.await.unwrap().is_err(), "{part}: acknowledged after the log was given up");
+        }
+        drop(store);
         let again = open_sim(&sim).unwrap();
         tokio::task::spawn_blocking(move || again.handle().close()).await.unwrap().unwrap();
     }

@@ -372,7 +372,12 @@ impl SimDisk {
 
     /// Operations of a kind on files whose name contains `name` do not return, until [`SimDisk::release`].
     pub fn hang(&self, kind: Kind, name: &str) {
-        self.plan(kind.only(), name, 0, Action::Hang);
+        self.hang_after(0, kind, name);
+    }
+
+    /// As [`SimDisk::hang`], after so many operations of that kind on such files.
+    pub fn hang_after(&self, operations: u64, kind: Kind, name: &str) {
+        self.plan(kind.only(), name, operations, Action::Hang);
     }
 
     /// Operations of a kind on files whose name contains `name` take so much longer, until [`SimDisk::release`].

@@ -76,6 +76,7 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         journal,
         operator_decides: false,
         folder_good: false,
+        cluster_busy: true,
         looked_again: false,
         joined: false,
         stale: false,
@@ -102,6 +103,8 @@ pub(super) struct Runner {
     pub(super) journal: Option<Journal>,
     pub(super) operator_decides: bool,
     pub(super) folder_good: bool,
+    /// Whether the sender of the last checkpoint had clients to serve.
+    pub(super) cluster_busy: bool,
     pub(super) looked_again: bool,
     pub(super) joined: bool,
     pub(super) stale: bool,

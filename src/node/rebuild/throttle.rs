@@ -13,16 +13,24 @@ pub struct Throttle {
     bytes_per_s: u64,
     /// When the next piece may be taken.
     free_at: Option<Instant>,
+    /// Whether the sender of the last piece was busy.
+    was_busy: bool,
 }
 
 impl Throttle {
     /// `mb_per_s`: MB (10^6 bytes) a second while the sender is busy; 0: never wait.
     pub fn new(mb_per_s: u64) -> Throttle {
-        Throttle { bytes_per_s: mb_per_s.saturating_mul(1_000_000), free_at: None }
+        Throttle { bytes_per_s: mb_per_s.saturating_mul(1_000_000), free_at: None, was_busy: true }
+    }
+
+    /// Whether the cluster had clients to serve when the last piece came; true before the first.
+    pub fn was_busy(&self) -> bool {
+        self.was_busy
     }
 
     /// Waits until a piece of `bytes` fits the rate.
     pub async fn pace(&mut self, bytes: u64, busy: bool) {
+        self.was_busy = busy;
         let now = Instant::now();
         match wait(self.free_at.map(|at| at.saturating_duration_since(now)), bytes, busy, self.bytes_per_s) {
             None => self.free_at = None,

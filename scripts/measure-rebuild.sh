@@ -4,14 +4,15 @@
 #   scripts/measure-rebuild.sh [MIB]
 #
 # First the cluster is filled until a tree has so many MiB (default 1024). Then a follower is rebuilt while nothing else
-# goes on; then the most that 64 clients get done is measured, and half of that is offered as an open load, first
-# alone and then while the other follower is rebuilt. MB are 10^6 bytes, over the whole job: until the node votes again.
+# goes on; then the most that 64 clients get done is measured, and half of that is offered as an open load: alone, with a
+# follower that is stopped (every write then needs both of the others), and while a follower is rebuilt. MB are 10^6
+# bytes, over the whole job: until the node votes again.
 # Needs a release build, curl and jq.
 set -euo pipefail
 
 mib=${1:-1024}
 stemedb=${STEMEDB:-${CARGO_TARGET_DIR:-target}/release/stemedb}
-window_s=3
+window_s=2
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/stemedb-rebuild.XXXXXX")
 dev=
 cleanup() {
@@ -37,6 +38,15 @@ while [ "$(tree_mib 1)" -lt "$mib" ]; do
 done
 echo >&2
 
+# Compactions of what was just written are none of an idle cluster.
+metric() { curl -s "http://127.0.0.1:$1/metrics" | awk -v name="$2" '$1 == name { print $2 }'; }
+for port in 18580 18581 18582; do
+    for _ in $(seq 120); do
+        [ "$(metric $port stemedb_lsm_pending_compaction_bytes)" = 0 ] && break
+        sleep 0.5
+    done
+done
+
 followers=$(curl -s http://127.0.0.1:18580/v1/admin/cluster | jq -r '.leader as $l | .members[].name | select(. != $l)')
 first=$(sed -n 1p <<<"$followers")
 second=$(sed -n 2p <<<"$followers")
@@ -50,7 +60,16 @@ echo "idle: $(speed "$first")"
 most=$("$stemedb" bench --op write --clients 64 --secs 8 --json | jq '.[0].per_s')
 half=$(awk -v most="$most" 'BEGIN { printf "%d", most / 2 }')
 offer() { "$stemedb" bench --op write --clients 256 --rate "$half" --secs "$window_s" --warmup 0.5 --json | jq -c '.[0]'; }
-for _ in 1 2 3 4 5; do offer; done >"$work/alone"
+for _ in 1 2 3 4 5 6; do offer; done >"$work/alone"
+pid=$(cat "$work/data/$second/pid")
+all=$STEMEDB_ENDPOINTS
+export STEMEDB_ENDPOINTS
+STEMEDB_ENDPOINTS=$(for n in 1 2 3; do [ "node-$n" = "$second" ] || echo "127.0.0.1:$((18579 + n))"; done | paste -sd,)
+kill -STOP "$pid"
+for _ in 1 2 3 4 5 6; do offer; done >"$work/two"
+kill -CONT "$pid"
+STEMEDB_ENDPOINTS=$all
+offer >/dev/null # it catches up
 rebuild "$second" &
 rebuilding=$!
 : >"$work/beside"
@@ -64,4 +83,5 @@ echo "64 clients: $most writes/s; offered then: $half/s, in windows of $window_s
 echo "beside them: $(speed "$second")"
 summary='(map(.p99_us) | sort) as $p | "\(length) windows, done \((map(.requests) | add) * 1000 / (map(.offered) | add) | floor / 10) % of the offered, p99 median \($p[length / 2 | floor] / 1000) ms, highest \($p[-1] / 1000) ms, \(map(.errors) | add) errors"'
 echo "alone:  $(jq -rs "$summary" "$work/alone")"
+echo "a follower stopped: $(jq -rs "$summary" "$work/two")"
 echo "beside: $(jq -rs "$summary" "$work/beside")"

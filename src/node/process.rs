@@ -12,7 +12,10 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{Ordering, fence},
+    },
     time::Duration,
 };
 
@@ -215,6 +218,8 @@ impl Process {
     pub async fn start_next(self: &Arc<Self>) -> Result<Arc<Shared>, StartError> {
         let next = start::incarnate(self, |_| {}).await?;
         let before = self.current.swap(Some(Arc::clone(&next)));
+        // Before the requests of the one before are counted: see `Node::take`.
+        fence(Ordering::SeqCst);
         if let Some(before) = before {
             self.vital.spawn("the end of the incarnation before", end_incarnation(before));
         }

@@ -253,11 +253,9 @@ fn inflict(cluster: &Cluster, i: usize, harm: Harm, rng: &mut StdRng) {
                 let _there = std::fs::remove_file(cluster.folder(i).join(name));
             }
         }
-        Harm::TableBlock => {
-            let tables = tree(&cluster.folder(i).join("kv")).join("tables");
-            let table = largest_file(&tables);
-            overwrite_middle(&table, &noise);
-        }
+        Harm::TableBlock => overwrite_middle(&largest_table(&cluster.folder(i)), &noise),
+        // Its other name, in the checkpoint, stays.
+        Harm::TableMissing => std::fs::remove_file(largest_table(&cluster.folder(i))).unwrap(),
         Harm::CheckpointBlock => {
             let checkpoint = newest_checkpoint(&cluster.folder(i)).unwrap();
             overwrite_middle(&checkpoint.dir().join(MANIFEST), &noise);
@@ -272,8 +270,8 @@ fn tree(kv: &Path) -> std::path::PathBuf {
     kv.join(format!("g{number}"))
 }
 
-fn largest_file(dir: &Path) -> std::path::PathBuf {
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+fn largest_table(folder: &Path) -> std::path::PathBuf {
+    let files = std::fs::read_dir(tree(&folder.join("kv")).join("tables")).unwrap().map(|entry| entry.unwrap().path());
     files.max_by_key(|path| path.metadata().unwrap().len()).expect("a table")
 }
 

@@ -28,6 +28,7 @@ mod part_file;
 pub mod probe;
 pub mod pull;
 mod runner;
+mod strain;
 pub mod swap;
 pub mod throttle;
 mod tree_steps;

@@ -202,9 +202,11 @@ impl Runner {
         let peers = Peers::new(local, Limits::default(), self.process.boots.clone());
         let mut throttle = Throttle::new(self.process.config.rebuild.throttle_mb_per_s);
         let mut why = Vec::new();
+        let others = pull::sources(&journal.members, own, leader, None);
         for source in sources {
             let pulled = {
-                let pulling = pull::pull(&peers, &source, &self.data_dir, &mut throttle, &self.desk.progress);
+                let progress = &self.desk.progress;
+                let pulling = pull::pull(&peers, &source, &others, &self.data_dir, &mut throttle, progress);
                 tokio::select! {
                     pulled = pulling => pulled,
                     () = self.keep_permit(&journal) => continue,

@@ -24,6 +24,7 @@ use super::{
     messages::{FetchRequest, KnownMember, Offer, OfferRequest, Piece},
     offer::PIECE_BYTES_MAX,
     part_file::PartFile,
+    strain,
     throttle::Throttle,
 };
 use crate::{
@@ -100,9 +101,11 @@ pub fn sources(members: &[KnownMember], own_name: &str, leader: Option<u64>, fro
 }
 
 /// Fetches everything that is not there yet. Returns the manifest; its files are complete, compared and synced then.
+/// `others`: those who shall not suffer.
 pub async fn pull(
     peers: &Peers,
     source: &KnownMember,
+    others: &[KnownMember],
     data_dir: &Path,
     throttle: &mut Throttle,
     progress: &Progress,
@@ -110,6 +113,9 @@ pub async fn pull(
     let from = source.member.name.clone();
     let sender = |why: String| PullError::Sender { from: from.clone(), why };
     let peer = peers.to(source.id, &source.member.peer_addr, Lane::Bulk);
+    // Before the offer, for which its maker writes a memtable.
+    let strain = strain::begin(peers, others, throttle.rate_max()).await;
+    let pace = throttle.shared_pace();
     let body = pack(&OfferRequest { fresh: true }).map_err(|e| sender(e.to_string()))?;
     let answer = peer.call(Kind::CheckpointOffer.number(), body, OFFER_REPLY_MAX).await;
     let answer = answer.map_err(|e| sender(e.to_string()))?;
@@ -130,7 +136,10 @@ pub async fn pull(
         progress.have(*at);
     }
     let writing = tokio::task::spawn_blocking(move || write_files(&dir, todo, inbox));
-    let fetched = fetch(&peer, offer.session, wanted, pieces, throttle, progress).await;
+    let fetched = tokio::select! {
+        fetched = fetch(&peer, offer.session, wanted, pieces, throttle, progress) => fetched,
+        never = strain::keep(strain, peers, others, &pace) => match never {},
+    };
     let written = writing.await.map_err(|e| sender(format!("the writing task died: {e}")))?;
     // What the disk says comes first: it is why the pieces were not taken.
     written.map_err(|error| match error {

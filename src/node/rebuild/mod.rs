@@ -27,6 +27,7 @@ pub mod order;
 pub mod probe;
 pub mod pull;
 mod runner;
+pub mod spare;
 mod strain;
 pub mod swap;
 pub mod throttle;

@@ -6,7 +6,7 @@
 #   --full         the long tests too, and all counts unreduced (sets STEMEDB_TEST_FULL=1; builds optimised)
 #   --no-install   never call apt-get
 #
-# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, the package index for sample data) is
+# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, iproute2, nftables, the package index for sample data) is
 # installed with apt-get when it is missing and this is root or may sudo without a password.
 #
 # A test that cannot run on this machine prints "SKIPPED: <why>" and passes; such tests are listed by name at the end.
@@ -34,7 +34,7 @@ cd "$(dirname "$0")/.." || exit 2
 say() { printf '== %s\n' "$*"; }
 
 # Tool and the Debian package that has it.
-tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps'
+tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps ip:iproute2 nft:nftables'
 
 missing_packages() {
     for pair in $tools; do

@@ -324,7 +324,7 @@ impl Default for StorageSection {
 
 impl Default for RebuildSection {
     fn default() -> Self {
-        RebuildSection { throttle_mb_per_s: 64, spare_dir: None, quarantine_days: Some(14), automatic_per_day: 2 }
+        RebuildSection { throttle_mb_per_s: 96, spare_dir: None, quarantine_days: Some(14), automatic_per_day: 2 }
     }
 }
 

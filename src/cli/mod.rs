@@ -29,7 +29,7 @@ mod drill_kill;
 pub mod drill_load;
 mod drill_open;
 mod drill_report;
-mod drill_watch;
+pub mod drill_watch;
 pub mod failover;
 pub mod faulty_disk;
 pub mod flow_client;

@@ -24,6 +24,7 @@ pub mod messages;
 mod node_steps;
 pub mod offer;
 pub mod order;
+mod part_file;
 pub mod probe;
 pub mod pull;
 mod runner;

@@ -244,6 +244,7 @@ impl Runner {
             };
             match pulled {
                 Ok(manifest) => {
+                    self.cluster_busy = throttle.was_busy();
                     peers.close();
                     let path = manifest_path(&self.data_dir);
                     blocking(move || crate::state::engine::folder::replace_synced(&path, &manifest)).await?;
@@ -287,6 +288,7 @@ impl Runner {
             wal: start::wal_options(&self.process),
             began_unix_ms: journal.began_unix_ms,
             what: "node",
+            gently: self.cluster_busy,
         };
         let path = manifest_path(&self.data_dir);
         let manifest = blocking(move || std::fs::read(path)).await?;

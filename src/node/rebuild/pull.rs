@@ -8,7 +8,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -23,6 +23,7 @@ use super::{
     desk::Progress,
     messages::{FetchRequest, KnownMember, Offer, OfferRequest, Piece},
     offer::PIECE_BYTES_MAX,
+    part_file::PartFile,
     strain,
     throttle::Throttle,
 };
@@ -254,10 +255,7 @@ fn begun(part: &Path, bytes: u64) -> io::Result<(u64, Box<Xxh3>)> {
 fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -> Result<(), PullError> {
     for Todo { file, from, mut hasher } in todo {
         let path = part(dir, &file);
-        let mut out =
-            File::options().create(true).truncate(false).write(true).open(&path).map_err(local("create", &path))?;
-        out.set_len(from).map_err(local("cut", &path))?;
-        out.seek(SeekFrom::Start(from)).map_err(local("read", &path))?;
+        let mut out = PartFile::open(&path, from).map_err(local("open", &path))?;
         let mut at = from;
         while at < file.bytes {
             let Some(piece) = pieces.blocking_recv() else {
@@ -269,7 +267,7 @@ fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -
                 let why = format!("{} bytes of {:?} at {at} instead of {expected}", piece.len(), file.name);
                 return Err(PullError::Sender { from: String::new(), why });
             }
-            out.write_all(&piece).map_err(|error| discard(&path, "write", error))?;
+            out.add(&path, &piece).map_err(|error| discard(&path, "write", error))?;
             hasher.update(&piece);
             at += expected;
         }
@@ -279,8 +277,7 @@ fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -
             let why = format!("{:?} is not what its hash says; fetching it again", file.name);
             return Err(PullError::Sender { from: String::new(), why });
         }
-        out.sync_all().map_err(|error| discard(&path, "sync", error))?;
-        drop(out);
+        out.finish().map_err(|error| discard(&path, "sync", error))?;
         let done = place(dir, &file);
         fs::rename(&path, &done).map_err(local("rename to", &done))?;
     }

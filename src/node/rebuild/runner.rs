@@ -77,6 +77,7 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         operator_decides: false,
         folder_good: false,
         folder_bad_since: None,
+        cluster_busy: true,
         looked_again: false,
         joined: false,
         stale: false,
@@ -105,6 +106,8 @@ pub(super) struct Runner {
     pub(super) folder_good: bool,
     /// Since when every probe of the data folder has failed.
     pub(super) folder_bad_since: Option<Instant>,
+    /// Whether the sender of the last checkpoint had clients to serve.
+    pub(super) cluster_busy: bool,
     pub(super) looked_again: bool,
     pub(super) joined: bool,
     pub(super) stale: bool,

@@ -32,13 +32,15 @@ pub struct Throttle {
     pace: Pace,
     /// When the next piece may be taken.
     free_at: Option<Instant>,
+    /// Whether the sender of the last piece was busy.
+    was_busy: bool,
 }
 
 impl Throttle {
     /// `mb_per_s`: MB (10^6 bytes) a second while the sender is busy; 0: never wait.
     pub fn new(mb_per_s: u64) -> Throttle {
         let rate_max = mb_per_s.saturating_mul(1_000_000);
-        Throttle { rate_max, pace: Pace(Arc::new(AtomicU64::new(rate_max))), free_at: None }
+        Throttle { rate_max, pace: Pace(Arc::new(AtomicU64::new(rate_max))), free_at: None, was_busy: true }
     }
 
     /// The configured rate, bytes a second; 0: none.
@@ -51,8 +53,14 @@ impl Throttle {
         self.pace.clone()
     }
 
+    /// Whether the cluster had clients to serve when the last piece came; true before the first.
+    pub fn was_busy(&self) -> bool {
+        self.was_busy
+    }
+
     /// Waits until a piece of `bytes` fits the rate.
     pub async fn pace(&mut self, bytes: u64, busy: bool) {
+        self.was_busy = busy;
         let now = Instant::now();
         let rate = self.pace.0.load(Ordering::Relaxed);
         match wait(self.free_at.map(|at| at.saturating_duration_since(now)), bytes, busy, rate) {

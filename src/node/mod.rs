@@ -323,6 +323,11 @@ impl Node {
         &self.process.desk
     }
 
+    /// Returns once the node has moved to its spare folder: it has to be started anew, with the same configuration.
+    pub async fn wait_moved(&self) {
+        self.process.moved.cancelled().await;
+    }
+
     /// Returns once the node has found out that it cannot serve or go on, with the reason: for
     /// example that a cluster exists already, or that one of its tasks has died.
     pub async fn wait_fatal(&self) -> String {

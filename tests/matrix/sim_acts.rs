@@ -1,5 +1,6 @@
 //! What is done to the cells on simulated disks, and what is looked at.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -114,8 +115,14 @@ async fn act_out(
             begin(cluster, i).await?;
             let node = Arc::clone(cluster.node(i));
             let waits = || node.health().repairing.is_some_and(|why| why.contains("waiting for"));
-            until("it is whole, or says for whom it waits", async || waits() || node.is_ready().is_ok()).await;
-            let waited = waits();
+            // The word that ended the wait counts: the next moment it may be another one.
+            let waited = Cell::new(false);
+            until("it is whole, or says for whom it waits", async || {
+                waited.set(waits());
+                waited.get() || node.is_ready().is_ok()
+            })
+            .await;
+            let waited = waited.get();
             running.load.set_up(i, true);
             if !waited {
                 // Two of three: it counts.

@@ -125,7 +125,8 @@ const REBUILT: &str = "repaired or rebuilt from a replica, with everything";
 const FULL: &str = "another leads, reads and deletes go on, clears itself";
 const ENDS: &str = "the whole process ends, with the reason";
 
-pub const TABLE: &[Row] = &[
+/// One place in memory: cells are told apart by it.
+pub static TABLE: &[Row] = &[
     row("1", "fsync fails once", "log, append", PROXY, Simulated, SyncFails(SyncFault::PagesMarkedClean)),
     row("1", "fsync fails once", "log, roll", PROXY, Simulated, RollFails),
     row("1", "fsync fails once", "vote", PROXY, Simulated, VoteFails),

@@ -28,6 +28,7 @@ mod part_file;
 pub mod probe;
 pub mod pull;
 mod runner;
+pub mod spare;
 mod strain;
 pub mod swap;
 pub mod throttle;

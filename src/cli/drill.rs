@@ -154,18 +154,26 @@ impl DrillKind {
     }
 }
 
+/// A cluster that was there before the drill.
+pub struct Existing {
+    /// Every node.
+    pub nodes: Vec<Endpoint>,
+    /// The load balancer for the clients.
+    pub through: Option<Endpoint>,
+}
+
 impl DrillArgs {
     /// Rounds, as given or by the kind.
     pub fn rounds(&self) -> usize {
         self.rounds.unwrap_or_else(|| self.kind.rounds())
     }
 
-    /// The existing cluster and its balancer, if one is to be drilled.
-    pub fn existing(&self) -> Result<Option<(Vec<Endpoint>, Option<Endpoint>)>, CliError> {
+    /// The existing cluster, if one is to be drilled.
+    pub fn existing(&self) -> Result<Option<Existing>, CliError> {
         let Some(endpoints) = &self.endpoints else { return Ok(None) };
-        let endpoints = parse_endpoints(endpoints).map_err(CliError::Usage)?;
+        let nodes = parse_endpoints(endpoints).map_err(CliError::Usage)?;
         let through = self.through.as_deref().map(Endpoint::parse).transpose().map_err(CliError::Usage)?;
-        Ok(Some((endpoints, through)))
+        Ok(Some(Existing { nodes, through }))
     }
 
     fn check(&self) -> Result<(), CliError> {
@@ -292,4 +300,56 @@ fn why_no_disks(args: &DrillArgs) -> Option<String> {
         return Some("mounting disks that fail needs root".to_owned());
     }
     super::faulty_disk::find_program(args.faulty_disk.as_deref()).err().map(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: DrillArgs,
+    }
+
+    fn checked(line: &str) -> Result<DrillArgs, String> {
+        let words = std::iter::once("drill").chain(line.split_whitespace());
+        let args = Line::try_parse_from(words).map_err(|error| error.to_string())?.args;
+        args.check().map(|()| args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_cluster_in_use_is_only_drilled_as_operators_do() {
+        for kind in ["drain", "failover"] {
+            let args = checked(&format!("--kind {kind} --endpoints a:1,b:1,c:1 --through d:8080")).unwrap();
+            let existing = args.existing().unwrap().unwrap();
+            assert_eq!((existing.nodes.len(), existing.through.unwrap().authority()), (3, "d:8080"));
+        }
+        for kind in ["kill", "partition", "fsync", "stall", "all"] {
+            let refused = checked(&format!("--kind {kind} --endpoints a:1,b:1,c:1")).unwrap_err();
+            assert!(refused.contains(&format!("--kind {kind} is not for --endpoints: ")), "{refused}");
+        }
+        assert!(checked("--kind drain --endpoints a:1 --behind nginx").unwrap_err().contains("--through"));
+        assert!(checked("--kind drain --through a:1").is_err());
+    }
+
+    #[test]
+    fn each_kind_has_its_rounds_and_its_limits() {
+        let rounds = |line: &str| checked(line).unwrap().rounds();
+        assert_eq!((rounds(""), rounds("--kind drain"), rounds("--kind all")), (20, 5, 3));
+        assert_eq!(rounds("--kind drain --rounds 2 --behind envoy"), 2);
+        for (line, why) in [
+            ("--kind partition --behind nginx", "has no --behind"),
+            ("--balancer /usr/sbin/nginx", "--behind"),
+            ("--rounds 0", "--rounds takes"),
+            ("--clients 0", "--clients"),
+            ("--value 4", "--value 4"),
+            ("--rate-fraction 2", "--rate-fraction"),
+        ] {
+            let refused = checked(line).unwrap_err();
+            assert!(refused.contains(why), "{line}: {refused}");
+        }
+    }
 }

@@ -224,11 +224,12 @@ pub async fn rolling(
     let mut waiting: Vec<usize> = (0..load.endpoints.len()).collect();
     let mut rounds = Vec::new();
     while !waiting.is_empty() {
+        let times = Times::begun(load.recorder.now_us());
         sleep(STEADY).await;
         let (leader, _) = find_leader(load, None).await?;
         let place = waiting.iter().position(|node| *node == leader).unwrap_or(0);
         let node = waiting.remove(place);
-        rounds.push(turn(cluster.as_deref_mut(), names, load, (round, node, node == leader), downs).await?);
+        rounds.push(turn(cluster.as_deref_mut(), names, load, (round, node, node == leader), times, downs).await?);
     }
     Ok(rounds)
 }
@@ -239,12 +240,12 @@ async fn turn(
     names: &Names,
     load: &Load,
     (round, node, led): (usize, usize, bool),
+    mut times: Times,
     downs: &mut Vec<Down>,
 ) -> Result<DrainRound, CliError> {
     let name = names.of(node);
-    let mut times = Times::begun(load.recorder.now_us());
-    let ordered = Instant::now();
-    times.fault(times.from_us, "drain");
+    let (ordered, ordered_us) = (Instant::now(), load.recorder.now_us());
+    times.fault(ordered_us, "drain");
     order(load, node, &format!("/v1/admin/node/drain?node={}", encode_query(&name)), "{}").await?;
     let (drain_ms, drained_us) = (elapsed_ms(ordered), load.recorder.now_us());
     times.event(drained_us, "drained");
@@ -287,7 +288,7 @@ async fn turn(
         led,
         new_leader: names.of(leader),
         term: after.term,
-        gap_us: longest_gap_touching(&acknowledged_us, times.from_us, drained_us).length_us(),
+        gap_us: longest_gap_touching(&acknowledged_us, ordered_us, drained_us).length_us(),
         away_gap_us: longest_gap_touching(&acknowledged_us, drained_us, times.to_us).length_us(),
         errors: survivor_errors(&history, downs).0,
         acknowledged: acknowledged_us.len() as u64,

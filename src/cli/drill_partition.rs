@@ -193,8 +193,7 @@ async fn relay(state: Arc<Mutex<State>>, from_node: TcpStream, from: SocketAddr,
 /// Moves bytes while the connection is not silent, until either end closes it.
 async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut silent: watch::Receiver<bool>) {
     let mut buffer = vec![0_u8; BUFFER_BYTES];
-    loop {
-        let Ok(read) = from.read(&mut buffer).await else { break };
+    while let Ok(read) = from.read(&mut buffer).await {
         // An end is news too, and stays where it is while nothing gets through.
         if silent.wait_for(|silent| !silent).await.is_err() {
             return;
@@ -222,7 +221,7 @@ pub struct PartitionRound {
     pub gap_us: u64,
     /// The same after it had healed.
     pub heal_gap_us: u64,
-    /// Successful answers of the node that was cut off, to requests that began after the cut.
+    /// Successful answers of the node that was cut off, to requests that began once it was.
     pub answered_cut_off: u64,
     /// Requests to the other nodes that failed, and to the cut one after the cut had healed.
     pub errors: u64,
@@ -316,6 +315,7 @@ pub async fn round(
     let pid = cluster.pid(victim).ok_or_else(|| CliError::Local(format!("node {victim} is not running")))?;
     let cut_us = load.recorder.now_us();
     relays.cut(victim, pid)?;
+    let silent_us = load.recorder.now_us();
     times.fault(cut_us, "cut off");
     let node = u16::try_from(victim).unwrap_or(u16::MAX);
     downs.push(Down { node, from_us: cut_us, to_us: u64::MAX });
@@ -348,7 +348,7 @@ pub async fn round(
         term: led.term,
         gap_us: longest_gap_touching(&acknowledged_us, cut_us, healed_us).length_us(),
         heal_gap_us: longest_gap_touching(&acknowledged_us, healed_us, times.to_us).length_us(),
-        answered_cut_off: answered(&history, node, (cut_us + ON_ITS_WAY_US, healed_us)),
+        answered_cut_off: answered(&history, node, (silent_us + ON_ITS_WAY_US, healed_us)),
         errors: survivor_errors(&history, downs).0,
         terms_after: after.term.saturating_sub(at_heal.term),
         acknowledged: acknowledged_us.len() as u64,

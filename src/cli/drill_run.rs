@@ -68,9 +68,9 @@ struct Ground<'a> {
 
 /// Runs one kind. An error means that it could not be carried out, not that it found anything.
 pub async fn run(args: &DrillArgs, stop: &mut StopSignals) -> Result<Done, CliError> {
-    if let Some((endpoints, through)) = args.existing()? {
-        let balancer = through.map(|endpoint| (endpoint.clone(), endpoint.authority().to_owned()));
-        let ground = Ground { cluster: None, disks: None, relays: None, endpoints, balancer };
+    if let Some(existing) = args.existing()? {
+        let balancer = existing.through.map(|endpoint| (endpoint.clone(), endpoint.authority().to_owned()));
+        let ground = Ground { cluster: None, disks: None, relays: None, endpoints: existing.nodes, balancer };
         return tokio::select! {
             done = drill(args, ground) => done,
             () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),

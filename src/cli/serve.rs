@@ -325,8 +325,8 @@ mod tests {
     async fn a_taken_port_is_of_this_machine_and_an_open_address_of_the_configuration() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = taken.local_addr().unwrap().to_string();
-        assert_eq!(listen(&addr, "http.listen", false).await.unwrap_err().exit_code(), EXIT_CANNOT_START);
-        assert_eq!(listen("0.0.0.0:0", "http.listen", false).await.unwrap_err().exit_code(), EXIT_CONFIG);
+        assert_eq!(bind(&addr, "http.listen", false).await.unwrap_err().exit_code(), EXIT_CANNOT_START);
+        assert_eq!(bind("0.0.0.0:0", "http.listen", false).await.unwrap_err().exit_code(), EXIT_CONFIG);
     }
 
     #[test]

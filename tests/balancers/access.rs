@@ -68,6 +68,7 @@ pub async fn is_closed(behind: &Behind) {
             assert!(answer.contains("/problems/not-public"), "{name}: {target}: {answer}");
         }
     }
+    is_refused_above_the_root(behind).await;
     // What only looks like it is open, and so is everything else.
     let concept = "v1/admin/metrics";
     let body = json!({"concept_path": concept, "predicate": "metrics", "value": "/v1/admin"}).to_string();
@@ -83,6 +84,13 @@ pub async fn is_closed(behind: &Behind) {
         let cluster: serde_json::Value = client.get_json("/v1/admin/cluster", HANG).await.unwrap();
         assert_eq!(cluster["members"].as_array().unwrap().len(), 3);
     }
+}
+
+/// A path that climbs above its root is no path to nginx; Envoy resolves it.
+async fn is_refused_above_the_root(behind: &Behind) {
+    let answer = raw(behind, "GET", "/x/../../v1/admin/cluster").await;
+    let expected = if behind.balancer.kind() == Kind::Nginx { "HTTP/1.1 400 " } else { "HTTP/1.1 403 " };
+    assert!(answer.starts_with(expected), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

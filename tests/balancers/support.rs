@@ -1,7 +1,7 @@
 //! A cluster behind a load balancer, clients that know nothing but its address, and the judge.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU16, Ordering},
@@ -33,6 +33,11 @@ static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
 
 /// Three nodes and a balancer are as much as two cores serve: one cluster at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// Waits until no other cluster of this process runs.
+pub async fn alone() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().await
+}
 
 /// Says that a test does not run, and why; where nothing may be skipped, fails it.
 fn skipped(why: &str) {
@@ -75,7 +80,7 @@ impl Behind {
     /// Three nodes that are ready, and the balancer before them; `None`, said on the way, where there is no such program.
     pub async fn start(kind: Kind) -> Option<Behind> {
         let program = program(kind)?;
-        let alone = ONE_AT_A_TIME.lock().await;
+        let alone = alone().await;
         let dir = tempfile::tempdir().unwrap();
         let mut nodes = plan(&dir.path().join("data"), 3, free_port(3).unwrap()).unwrap();
         for node in &mut nodes {
@@ -110,6 +115,10 @@ impl Behind {
 
     pub fn endpoints(&self) -> Vec<Endpoint> {
         self.processes.plan().iter().map(|node| node.endpoint().unwrap()).collect()
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     pub fn name(&self, i: usize) -> &str {

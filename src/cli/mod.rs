@@ -35,7 +35,7 @@ mod drill_partition;
 mod drill_picture;
 mod drill_report;
 mod drill_run;
-mod drill_watch;
+pub mod drill_watch;
 pub mod failover;
 pub mod faulty_disk;
 pub mod flow_client;

@@ -141,6 +141,23 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
     // Every path of the configuration is absolute. A server that stays where it was started would hold that
     // folder, and could not resolve a path any more once somebody removed it.
     std::env::set_current_dir("/").map_err(|e| Failure::Start(format!("go to /: {e}")))?;
+    loop {
+        match serve_node(Arc::clone(&config)).await? {
+            End::Told(_) => return Ok(()),
+            End::Moved => tracing::info!("starting anew in the spare folder"),
+        }
+    }
+}
+
+/// How a node ended that was not at its end.
+enum End {
+    /// By this signal.
+    Told(&'static str),
+    /// It has moved to its spare folder.
+    Moved,
+}
+
+async fn serve_node(config: Arc<Config>) -> Result<End, Failure> {
     let insecure = config.http.insecure;
     let http = bind(&config.http.listen, "http.listen", insecure).await?;
     let peer = bind(&config.peer_listen(), "cluster.peer_listen", insecure).await?;
@@ -156,6 +173,7 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
         }
     };
     // After the start: the folder is this process's own from there on.
+    let config = Arc::new(node.config().clone());
     let pid = PidFile::write(&config).await.map_err(Failure::Start)?;
     tracing::info!(name = node.name(), http = http_addr, data_dir = %config.node.data_dir.display(), "serving");
 
@@ -199,13 +217,14 @@ async fn wait_for_end(
     mut serving: tokio::task::JoinHandle<std::io::Result<()>>,
     stop_http: CancellationToken,
     notifier: &Notifier,
-) -> Result<(), Failure> {
+) -> Result<End, Failure> {
     let failed = |e: std::io::Error| Failure::Run(format!("signals: {e}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok("SIGTERM"),
-        _ = interrupt.recv() => Ok("SIGINT"),
+        _ = terminate.recv() => Ok(End::Told("SIGTERM")),
+        _ = interrupt.recv() => Ok(End::Told("SIGINT")),
+        () = node.wait_moved() => Ok(End::Moved),
         why = node.wait_fatal() => Err(Failure::Run(why)),
         () = node.wait_fence_over() => {
             return Err(Failure::Fenced("the disk answers again after this process was fenced; it recovers when it is started anew".into()));
@@ -218,27 +237,30 @@ async fn wait_for_end(
             }));
         }
     };
-    if let Ok(signal) = &ended {
+    if let Ok(End::Told(signal)) = &ended {
         tracing::info!("{signal}: stopping");
     }
-    notifier.stopping();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::warn!("second signal: ending at once");
-        std::process::exit(i32::from(EXIT_FAILED));
-    });
-    // While requests are still served: they are sent on to the next leader.
-    node.stop_gently().await;
+    // A node that has moved leads nothing, and is out of traffic: its core has ended.
+    if !matches!(ended, Ok(End::Moved)) {
+        notifier.stopping();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::warn!("second signal: ending at once");
+            std::process::exit(i32::from(EXIT_FAILED));
+        });
+        // While requests are still served: they are sent on to the next leader.
+        node.stop_gently().await;
+    }
     stop_http.cancel();
     match serving.await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the HTTP server did not stop well"),
         Err(error) => tracing::warn!(%error, "the HTTP server died while stopping"),
     }
-    ended.map(|_| ())
+    ended
 }
 
 /// The process id in the data folder.

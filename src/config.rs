@@ -168,6 +168,8 @@ pub struct StorageSection {
 pub struct RebuildSection {
     /// Most MB (10^6 bytes) a second that are fetched while the sender serves clients; 0: no limit.
     pub throttle_mb_per_s: u64,
+    /// Where the node makes itself anew when the disk of `data_dir` is of no use any more; `None`: nowhere.
+    pub spare_dir: Option<PathBuf>,
     /// Days after which files in the quarantine go; `None`: never.
     pub quarantine_days: Option<u32>,
     /// Rebuilds of one node within 24 hours that need no operator.
@@ -344,7 +346,7 @@ impl Default for StorageSection {
 
 impl Default for RebuildSection {
     fn default() -> Self {
-        RebuildSection { throttle_mb_per_s: 64, quarantine_days: Some(14), automatic_per_day: 2 }
+        RebuildSection { throttle_mb_per_s: 96, spare_dir: None, quarantine_days: Some(14), automatic_per_day: 2 }
     }
 }
 

@@ -10,7 +10,11 @@ use crate::{node::rebuild, state::engine};
 /// Where the tasks pass that are vital, each by its name; the node must end when one of them dies.
 pub const TASKS: &[&str] = &["task.apply", "task.upkeep"];
 
-/// Where the process may be killed.
+/// Where a node has the outcome of a write and has told nobody: the answer is lost with it. `tests/balancers` kills
+/// leaders there, behind load balancers.
+pub const ANSWERS: &[&str] = &["answer.committed"];
+
+/// Where the process may be killed while it looks after its own files.
 pub fn points() -> impl Iterator<Item = &'static str> {
     [fail_point::POINTS, engine::POINTS, rebuild::fail_point::POINTS].into_iter().flatten().copied()
 }
@@ -23,6 +27,7 @@ pub(crate) fn is_known(point: &str) -> bool {
         &engine::receive::STEPS,
         flows::fail_point::DRAIN_POINTS,
         flows::fail_point::FAILOVER_POINTS,
+        ANSWERS,
         crate::node::members::lead::POINTS,
     ];
     points().chain(flows.into_iter().flatten().copied()).any(|known| known == point)
@@ -31,6 +36,13 @@ pub(crate) fn is_known(point: &str) -> bool {
 /// Where a task may die.
 pub fn tasks() -> impl Iterator<Item = &'static str> {
     fail_point::TASKS.iter().chain(TASKS).copied()
+}
+
+/// Passes the point of [`ANSWERS`].
+pub(crate) fn committed_and_unanswered() {
+    for point in ANSWERS {
+        fail_point::pass(point);
+    }
 }
 
 /// Passes a point of [`TASKS`].

@@ -157,6 +157,12 @@ async fn bench_measures_writes_and_reads_and_reports_errors() {
     let batched = [&quick[..], &["--batch", "5", "--op", "write"]].concat();
     let (code, out, _) = stemedb(&batched).await;
     assert_eq!((code, out.matches("\"batch\":5").count()), (0, 1), "{out}");
+    // An open load offers what it says, whatever gets done.
+    let (code, out, err) = stemedb(&[&quick[..], &["--rate", "100", "--op", "write"]].concat()).await;
+    assert_eq!(code, 0, "{err}");
+    let figures: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(figures[0]["offered"], 20, "{figures}");
+    assert!((1..=20).contains(&figures[0]["requests"].as_u64().unwrap()), "{figures}");
     store.lock().unwrap().broken_writes = true;
     let (code, _, err) = stemedb(&[&quick[..], &["--op", "write"]].concat()).await;
     assert_eq!(code, 3);

@@ -53,6 +53,7 @@ fn wrong_arguments_are_exit_code_2() {
         &["status", "--endpoints", "https://a"],
         &["bench", "--clients", "0"],
         &["bench", "--secs", "-1"],
+        &["bench", "--rate", "0"],
         &["bench", "--secs", "nan"],
         &["drill", "--rounds", "0"],
         &["import-check", "-"],

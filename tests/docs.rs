@@ -36,6 +36,7 @@ fn documents() -> Vec<(PathBuf, String)> {
     let root = root();
     let mut paths = vec![root.join("README.md"), root.join("CONTRIBUTING.md")];
     paths.extend(files(&root.join("docs"), "md"));
+    paths.extend(files(&root.join("deploy"), "md"));
     paths.into_iter().map(|path| (path.clone(), std::fs::read_to_string(&path).unwrap())).collect()
 }
 
@@ -161,7 +162,7 @@ fn links_lead_somewhere() {
 /// Paths in backticks that begin with a folder of the repository exist.
 #[test]
 fn paths_in_documents_exist() {
-    const FOLDERS: [&str; 7] = ["src/", "raft/", "net/", "docs/", "scripts/", "tests/", ".ci/"];
+    const FOLDERS: [&str; 8] = ["src/", "raft/", "net/", "deploy/", "docs/", "scripts/", "tests/", ".ci/"];
     let root = root();
     let mut missing = BTreeSet::new();
     for (path, text) in documents() {

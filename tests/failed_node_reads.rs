@@ -33,7 +33,7 @@ async fn post(addr: SocketAddr, predicate: &str) -> String {
     send(addr, &format!("{head}: {}\r\n\r\n{body}", body.len())).await
 }
 
-async fn get(addr: SocketAddr, target: &str) -> String {
+async fn get(addr: SocketAddr, target: &'static str) -> String {
     send(addr, &format!("GET {target} HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n")).await
 }
 
@@ -60,7 +60,7 @@ async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
     }
     let disks: Vec<SimDisk> = (0..3).map(|_| SimDisk::new()).collect();
     let stop = CancellationToken::new();
-    let (mut nodes, mut addrs) = (Vec::new(), Vec::new());
+    let (mut nodes, mut addrs, mut serving) = (Vec::new(), Vec::new(), Vec::new());
     for (i, (peer, http)) in listeners.into_iter().enumerate() {
         let mut config = Config::default();
         // A test needs no reserve for a full disk, and there are many nodes at once.
@@ -80,7 +80,8 @@ async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
         let ground = Ground { peer_listener: Some(peer), disk: disks[i].shared(), ..Ground::default() };
         let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
         addrs.push(http.local_addr().unwrap());
-        tokio::spawn(api::serve(http, Arc::clone(&node), stop.clone()));
+        let own_stop = stop.child_token();
+        serving.push((tokio::spawn(api::serve(http, Arc::clone(&node), own_stop.clone())), own_stop));
         nodes.push(node);
     }
     until("readiness", || nodes.iter().all(|n| n.is_ready().is_ok())).await;
@@ -101,6 +102,23 @@ async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
     assert!(page.contains("\"served_by\":") && !page.contains(&served_by), "{page}");
     let missing = get(addrs[failed], "/v1/assertions/00000000-0000-0000-0000-000000000000").await;
     assert!(missing.starts_with("HTTP/1.1 404") && missing.contains("application/problem+json"), "{missing}");
+
+    // A moment in which none of the others answers is not the end of a read either.
+    for (i, (task, own_stop)) in serving.iter_mut().enumerate().filter(|(i, _)| *i != failed) {
+        own_stop.cancel();
+        tokio::time::timeout(HANG, task).await.expect("the listener to close").unwrap().unwrap();
+        assert!(TcpStream::connect(addrs[i]).await.is_err());
+    }
+    let target = "/v1/query?concept_path=a/b&predicate=after";
+    let mut waiting = tokio::spawn(get(addrs[failed], target));
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut waiting).await;
+    assert!(early.is_err(), "it was given up: {early:?}");
+    for i in (0..3).filter(|i| *i != failed) {
+        let http = TcpListener::bind(addrs[i]).await.unwrap();
+        tokio::spawn(api::serve(http, Arc::clone(&nodes[i]), stop.clone()));
+    }
+    let page = tokio::time::timeout(HANG, waiting).await.expect("an answer").unwrap();
+    assert!(page.starts_with("HTTP/1.1 200") && page.contains("\"predicate\":\"after\""), "{page}");
     stop.cancel();
     for node in &nodes {
         node.shutdown().await;

@@ -6,6 +6,8 @@
 
 #[path = "node_failure/cluster.rs"]
 mod cluster;
+#[path = "node_failure/returns.rs"]
+mod returns;
 
 use std::io::ErrorKind;
 

@@ -71,6 +71,40 @@ async fn a_folder_in_use_is_refused_and_its_owner_goes_on() {
     cluster.stop_all().await.unwrap();
 }
 
+/// A load balancer without probes goes elsewhere when a connection is refused, and waits when it is not.
+#[tokio::test]
+async fn nobody_can_connect_while_the_node_cannot_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut cluster, node) = one_node(dir.path());
+    cluster.start_all().unwrap();
+    cluster.wait_ready(READY).await.unwrap();
+    // A second process waits for the folder of the first one, with a port of its own.
+    let port = free_port(1).unwrap();
+    let mut second = Command::new(env!("CARGO_BIN_EXE_stemedb"));
+    second.args(["serve", "--config", node.config_file().to_str().unwrap()]).stdin(Stdio::null()).stderr(Stdio::null());
+    for set in [
+        format!("http.listen=127.0.0.1:{port}"),
+        format!("cluster.peer_listen=127.0.0.1:{}", port + 100),
+        "storage.lock_timeout_ms=1000".to_owned(),
+    ] {
+        second.args(["--set", &set]);
+    }
+    let mut second = second.spawn().unwrap();
+    let mut refused = 0;
+    let status = loop {
+        if let Some(status) = second.try_wait().unwrap() {
+            break status;
+        }
+        match std::net::TcpStream::connect(("127.0.0.1", port)) {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => refused += 1,
+            other => panic!("connected to a node that is starting: {other:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert_eq!((status.code(), refused > 0), (Some(5), true));
+    cluster.stop_all().await.unwrap();
+}
+
 #[test]
 fn the_service_manager_hears_of_the_start_and_of_the_stop() {
     let dir = tempfile::tempdir().unwrap();

@@ -65,9 +65,6 @@ pub enum RepairError {
     /// No replica has it at present, as far as this node could ask.
     #[error("no copy of entry {0} was found")]
     NoCopy(u64),
-    /// Both copies of the segment's header are damaged: no single entry repairs that.
-    #[error("both copies of the header of segment {0} are damaged")]
-    HeaderLost(u64),
     /// The disk failed, now or before.
     #[error(transparent)]
     Latched(#[from] Latched),
@@ -112,19 +109,20 @@ pub enum OpenError {
         /// The cause.
         source: io::Error,
     },
-    /// Entries that were durable are damaged or missing. Never cut: they must be fetched from a
-    /// peer, which this version does not do yet, or the node must be replaced.
+    /// Entries that were durable are damaged or missing. Never cut: whoever has other nodes to ask repairs the log from
+    /// them instead of opening it (`WalStore::begin_open`), and without any the node must be replaced.
     #[error(
-        "the log has lost durable entries ({}): it must be repaired from a replica, and this version cannot do that yet; \
-         keep the folder, and start this node as a new member with an empty folder instead",
+        "the log has lost durable entries ({}): it has to be repaired from another node, which a node of a cluster does by \
+         itself when it starts; where there is none, keep the folder, and begin anew from a backup",
         describe(.0)
     )]
     Repair(Vec<Damage>),
     /// The last group of the log is incomplete, and nobody here can tell whether it had been
     /// acknowledged.
     #[error(
-        "the end of the log is torn or damaged ({}), and only the other replicas can tell which: this version cannot ask \
-         them yet; keep the folder, and start this node as a new member with an empty folder instead",
+        "the end of the log is torn or damaged ({}), and only other nodes can tell which: a node of a cluster asks them \
+         when it starts; where there is none, keep the folder, and let stemedb-wal-repair cut the end if what it held may \
+         be lost",
         describe(.0)
     )]
     Ask(Vec<Damage>),

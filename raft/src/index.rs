@@ -8,7 +8,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
     disk::DiskFile,
-    frame::{frame_bytes, log_id},
+    frame::{SegmentHeader, frame_bytes, log_id},
     types::{Entry, LogId},
 };
 
@@ -36,8 +36,8 @@ pub struct SegmentIndex {
     pub number: u64,
     /// Part of every checksum in it.
     pub identity: u64,
-    /// Size of the file.
-    pub segment_bytes: u64,
+    /// What the segment says of itself: both copies on the disk are this, and are made anew from it.
+    pub header: SegmentHeader,
     /// Open for reading.
     pub file: Arc<dyn DiskFile>,
     /// Index of `entries[0]`.
@@ -203,7 +203,7 @@ impl LogIndex {
     }
 
     /// Where the live entries of a segment lie that is not the last one.
-    pub fn sealed(&self, number: u64) -> Option<(Arc<dyn DiskFile>, Vec<OnDisk>)> {
+    pub fn sealed(&self, number: u64) -> Option<(Arc<dyn DiskFile>, SegmentHeader, Vec<OnDisk>)> {
         let at = self.segments.iter().position(|s| s.number == number)?;
         let segment = self.segments.get(at).filter(|_| at + 1 < self.segments.len())?;
         let (name, purged_end) = (segment.name(), self.purged_end());
@@ -215,7 +215,7 @@ impl LogIndex {
             index,
             located: *located,
         });
-        Some((Arc::clone(&segment.file), on_disk.collect()))
+        Some((Arc::clone(&segment.file), segment.header, on_disk.collect()))
     }
 
     /// Makes an entry readable before it is written. Entries come without gaps.

@@ -249,7 +249,7 @@ impl Joined {
         self.segments.push_back(SegmentIndex {
             number: scanned.number,
             identity: header.identity,
-            segment_bytes: header.segment_bytes,
+            header: *header,
             file: Arc::clone(&scanned.file),
             first_index: header.first_index,
             // A damaged entry keeps its position here, without a place to read it from: it is purged, or cut, or

@@ -67,7 +67,7 @@ pub(crate) fn sealed_segments(index: &LogIndex) -> Vec<SealedSegment> {
     let describe = |s: &crate::index::SegmentIndex| SealedSegment {
         number: s.number,
         name: s.name(),
-        bytes: s.segment_bytes,
+        bytes: s.header.segment_bytes,
         first_index: s.first_index.max(purged_end),
         end_index: s.end(),
     };
@@ -77,13 +77,13 @@ pub(crate) fn sealed_segments(index: &LogIndex) -> Vec<SealedSegment> {
 /// Verifies a sealed segment: both copies of its header, then frame by frame with its row. `None`: it is not sealed
 /// or not there.
 pub(crate) fn verify_segment(shared: &Arc<Shared>, number: u64, pace: &mut Pacer<'_>) -> Option<SegmentCheck> {
-    let (file, live) = shared.index().sealed(number)?;
+    let (file, header, live) = shared.index().sealed(number)?;
     let mut check = SegmentCheck::default();
-    let whole = header_copies(shared, &*file, number, live.first(), &mut check);
-    check.complete = run(shared, &live, whole, &mut check, pace).is_continue();
+    header_copies(shared, &*file, &header, live.first(), &mut check);
+    check.complete = run(shared, &live, header.first_index, &mut check, pace).is_continue();
     // What was purged or truncated meanwhile may be gone from the disk too, and that is no damage.
     let still_there: Vec<u64> = match shared.index().sealed(number) {
-        Some((_, now)) => now.iter().map(|on_disk| on_disk.index).collect(),
+        Some((_, _, now)) => now.iter().map(|on_disk| on_disk.index).collect(),
         None => Vec::new(),
     };
     check.complete &= still_there.len() == live.len();
@@ -91,31 +91,27 @@ pub(crate) fn verify_segment(shared: &Arc<Shared>, number: u64, pace: &mut Pacer
     Some(check)
 }
 
-/// Looks at both copies of the header. Index of the segment's first entry, from which rows are counted.
+/// Looks at both copies of the header.
 fn header_copies(
     shared: &Shared,
     file: &dyn DiskFile,
-    number: u64,
+    expected: &SegmentHeader,
     first: Option<&OnDisk>,
     check: &mut SegmentCheck,
-) -> Option<u64> {
-    let mut first_index = None;
+) {
+    let number = expected.number;
     for at in HEADER_OFFSETS {
         let found = read(shared, file, number, at, HEADER_BYTES as u64, check).ok();
-        match found.and_then(|bytes| SegmentHeader::decode(&bytes).ok()).filter(|header| header.number == number) {
-            Some(header) => first_index = Some(header.first_index),
-            None => {
-                check.header_copies_damaged += 1;
-                check.damage.push(Damage {
-                    segment: segment_name(number),
-                    offset: Some(at),
-                    index: first.map(|on_disk| on_disk.index).unwrap_or_default(),
-                    what: "a copy of the segment's header is damaged".into(),
-                });
-            }
+        if found.and_then(|bytes| SegmentHeader::decode(&bytes).ok()) != Some(*expected) {
+            check.header_copies_damaged += 1;
+            check.damage.push(Damage {
+                segment: segment_name(number),
+                offset: Some(at),
+                index: first.map(|on_disk| on_disk.index).unwrap_or_default(),
+                what: "a copy of the segment's header is damaged".into(),
+            });
         }
     }
-    first_index
 }
 
 fn read(
@@ -138,7 +134,7 @@ fn read(
 fn run(
     shared: &Shared,
     live: &[OnDisk],
-    first_index: Option<u64>,
+    first_index: u64,
     check: &mut SegmentCheck,
     pace: &mut Pacer<'_>,
 ) -> ControlFlow<()> {
@@ -151,9 +147,7 @@ fn run(
         rest = behind;
         let before = check.bytes_read;
         frames(shared, piece, start, piece.last().map(end_of).unwrap_or(start), check);
-        if let Some(first_index) = first_index {
-            rows(shared, piece, first_index, check);
-        }
+        rows(shared, piece, first_index, check);
         check.entries += piece.len() as u64;
         pace(check.bytes_read - before)?;
     }

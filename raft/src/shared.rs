@@ -67,7 +67,7 @@ pub struct Shared {
 impl Shared {
     pub(crate) fn new(index: LogIndex, vote: Option<Vote>, committed_end: u64, io_times: Arc<IoTimes>) -> Arc<Self> {
         let flushed_end = index.end();
-        let bytes = index.segments.iter().map(|s| s.segment_bytes).sum();
+        let bytes = index.segments.iter().map(|s| s.header.segment_bytes).sum();
         Arc::new(Self {
             index: Mutex::new(index),
             vote: Mutex::new(vote),

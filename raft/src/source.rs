@@ -74,7 +74,7 @@ impl EntrySource {
         let segments = log.segments.iter().map(|s| SegmentIndex {
             number: s.number,
             identity: s.identity,
-            segment_bytes: s.segment_bytes,
+            header: s.header,
             file: Arc::clone(&s.file),
             first_index: s.first_index,
             entries: s.entries.clone(),

@@ -58,23 +58,24 @@ impl Asked {
     }
 }
 
-/// The answer of the first other node that has one; `None` when there is none until `deadline`.
+/// The answer of the first other node that has one; `None` when each was asked in vain, or at the `deadline`.
 pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response> {
     if asked.passed_on {
         return None;
     }
-    let ask_each = async {
-        let _place = api.passed_on.acquire().await.ok()?;
-        for addr in api.node.other_http_addrs() {
-            match ask_one(&addr, asked, api.node.name()).await {
-                Ok(answer) if !answer.status().is_server_error() => return Some(answer),
-                Ok(answer) => tracing::debug!(addr, status = %answer.status(), "another node has no answer either"),
-                Err(error) => tracing::debug!(addr, error, "another node could not be asked"),
-            }
+    let _place = timeout_at(deadline, api.passed_on.acquire()).await.ok()?.ok()?;
+    let addrs = api.node.other_http_addrs();
+    for (n, addr) in addrs.iter().enumerate() {
+        // One that hangs leaves the next one its share of the time.
+        let share = deadline.saturating_duration_since(Instant::now()) / u32::try_from(addrs.len() - n).unwrap_or(1);
+        match timeout(share, ask_one(addr, asked, api.node.name())).await {
+            Ok(Ok(answer)) if !answer.status().is_server_error() => return Some(answer),
+            Ok(Ok(answer)) => tracing::debug!(addr, status = %answer.status(), "another node has no answer either"),
+            Ok(Err(error)) => tracing::debug!(addr, error, "another node could not be asked"),
+            Err(_) => tracing::debug!(addr, "another node does not answer"),
         }
-        None
-    };
-    timeout_at(deadline, ask_each).await.ok().flatten()
+    }
+    None
 }
 
 /// The answer of the node at `addr` to the same question or order.

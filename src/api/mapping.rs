@@ -187,7 +187,7 @@ fn disk_full(shortages: &[Shortage]) -> Problem {
 pub fn read_error(error: ReadError) -> Problem {
     match error {
         ReadError::Unavailable { detail, retry_after_s } => {
-            let detail = format!("The read cannot be served: {detail}.");
+            let detail = format!("The read cannot be served here now: {detail}. Send it again, or ask another node.");
             Problem::new(Kind::Unavailable, detail).retry_after(retry_after_s.max(1))
         }
         ReadError::TooStale { staleness_ms, max_staleness_ms } => Problem::new(

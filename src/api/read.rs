@@ -4,7 +4,7 @@
 //! asked on a blocking thread: a disk that hangs holds up that thread and no heartbeat. The number
 //! of such threads is bounded, and a read that gets none in time says so.
 
-use std::{num::NonZeroUsize, sync::Arc};
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -32,6 +32,13 @@ use super::{
     problem::{Kind, Problem},
     schema, time,
 };
+
+/// How long a read waits at a node that has started and not caught up, before another one is asked: far above what it
+/// takes when the log alone is to be applied, and below what a client notices.
+const BEHIND_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Pause before a read that has found no answer anywhere begins anew: a part of an election.
+const PAUSE: Duration = Duration::from_millis(20);
 
 const LEVELS: &[(&str, Level)] =
     &[("linearizable", Level::Linearizable), ("lease", Level::Lease), ("stale", Level::Stale)];
@@ -237,48 +244,77 @@ pub fn refuse_removed(api: &Api) -> Result<(), Problem> {
 
 /// Gets a view of the wished freshness and answers with what `ask` makes of it: the index of the
 /// state it read, and JSON text. What this node cannot answer is asked of others.
+///
+/// While this node fails, is rebuilt and comes back, what has no answer here and elsewhere in one moment has one in the
+/// next: the read begins anew then, until its deadline.
 pub async fn read(
     api: &Api,
     asked: &Asked,
     consistency: Consistency,
-    ask: impl FnOnce(StoreView) -> Result<(u64, Vec<u8>), Problem> + Send + 'static,
+    ask: impl Fn(StoreView) -> Result<(u64, Vec<u8>), Problem> + Send + Sync + 'static,
 ) -> Result<Response, Problem> {
     refuse_removed(api)?;
     let deadline = Instant::now() + api.request_deadline;
-    let here = async {
-        let view = api.node.read(consistency).await.map_err(mapping::read_error)?;
-        ask_store(api, deadline, move || ask(view)).await
-    };
-    let answered = tokio::select! {
-        biased;
-        // Also while a thread waits for the disk: nobody knows when that ends.
-        why = api.node.wait_silent(), if !asked.was_passed_on() => Err(silent(&why)),
-        answered = here => answered,
-    };
-    let (index, body) = match answered {
-        Ok(answer) => answer,
-        Err(problem) if is_of_this_node(api, &problem) => {
-            return elsewhere::ask(api, asked, deadline).await.ok_or(problem);
+    let ask = Arc::new(ask);
+    loop {
+        let taken = api.node.take();
+        let here = async {
+            let view = taken.read(consistency, deadline).await.map_err(mapping::read_error)?;
+            let ask = Arc::clone(&ask);
+            ask_store(api, deadline, move || ask(view)).await
+        };
+        let answered = tokio::select! {
+            biased;
+            // Also while a thread waits for the disk: nobody knows when that ends.
+            why = taken.wait_silent(), if !asked.was_passed_on() => Err(silent(&why)),
+            answered = here => answered,
+            () = taken.stays_behind(BEHIND_PATIENCE), if !asked.was_passed_on() => Err(behind()),
+        };
+        let problem = match answered {
+            Ok((index, body)) => return Ok(answer(api, index, body)),
+            Err(problem) => problem,
+        };
+        let passes = taken.silent().is_some() || taken.is_behind();
+        if !is_of_this_node(&problem, passes) {
+            return Err(problem);
         }
-        Err(problem) => return Err(problem),
-    };
+        if let Some(answer) = elsewhere::ask(api, asked, deadline).await {
+            return Ok(answer);
+        }
+        // A node that was asked in place of another one leaves it to that one to go on.
+        let goes_on = if asked.was_passed_on() { taken.is_replaced() } else { passes || taken.silent().is_some() };
+        if !goes_on || Instant::now() + PAUSE >= deadline {
+            return Err(problem);
+        }
+        drop(taken);
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+fn answer(api: &Api, index: u64, body: Vec<u8>) -> Response {
     let mut response = Response::new(Body::from(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, headers::JSON);
     headers::stamp(headers, index, api.node.name());
-    Ok(response)
+    response
 }
 
 fn silent(why: &str) -> Problem {
-    let detail = format!("The disk of this node does not work ({why}), and no other node answered in its place.");
+    let detail = format!("This node answers nothing by itself ({why}), and no other node answered in its place.");
     Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
 }
 
-/// Whether another node may well have an answer.
-fn is_of_this_node(api: &Api, problem: &Problem) -> bool {
+fn behind() -> Problem {
+    let detail = "This node has not caught up with what was committed when it started, and no other node answered in its \
+                  place.";
+    Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
+}
+
+/// Whether another node may well have an answer. `passes`: this node fails, comes back or catches up.
+fn is_of_this_node(problem: &Problem, passes: bool) -> bool {
     match problem.kind() {
         Kind::StorageDamaged => true,
-        Kind::Unavailable | Kind::TooStale => api.node.has_failed(),
+        Kind::Unavailable | Kind::TooStale => passes,
         _ => false,
     }
 }

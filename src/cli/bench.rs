@@ -1,9 +1,14 @@
-//! `stemedb bench`: closed-loop load, one request in flight per client.
+//! `stemedb bench`: closed-loop load, one request in flight per client; with `--rate` an open one.
+//!
+//! An open load offers so many requests a second whatever the answers take, and counts a latency from the moment
+//! at which a request was due: what had to wait for a client to be free is not hidden.
 //!
 //! Each write is one durable, quorum-acknowledged request; each read is linearizable. Clients are
 //! spread over all endpoints, as behind a load balancer. Figures of a shared machine compare only with
 //! figures of the same run.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -46,6 +51,9 @@ pub struct BenchArgs {
     /// Assertions in one request; each is counted
     #[arg(long, default_value_t = 1)]
     batch: usize,
+    /// Offer so many requests a second, in place of one at a time per client; latencies count from when each was due
+    #[arg(long, value_name = "PER SECOND")]
+    rate: Option<f64>,
     /// What to measure
     #[arg(long, value_enum, default_value_t = Kind::Both)]
     op: Kind,
@@ -72,6 +80,8 @@ struct Figures {
     clients: usize,
     batch: usize,
     seconds: f64,
+    /// Requests that fell due in the measured time; `None`: a closed loop.
+    offered: Option<u64>,
     requests: u64,
     per_s: f64,
     p50_us: u64,
@@ -137,7 +147,47 @@ fn check(args: &BenchArgs) -> Result<(), CliError> {
             return Err(CliError::Usage(format!("{name} {seconds}: {least} to 86400")));
         }
     }
-    Ok(())
+    match args.rate {
+        Some(rate) if !(1.0..=1e7).contains(&rate) => Err(CliError::Usage(format!("--rate {rate}: 1 to 10000000"))),
+        _ => Ok(()),
+    }
+}
+
+/// Moments at which requests are due, shared by all clients.
+struct Schedule {
+    began: Instant,
+    /// What is due from here on is measured.
+    from: Instant,
+    until: Instant,
+    /// `None`: a closed loop.
+    per_s: Option<f64>,
+    /// Requests given out.
+    next: AtomicU64,
+}
+
+impl Schedule {
+    fn of(args: &BenchArgs) -> Schedule {
+        let began = Instant::now();
+        let from = began + Duration::from_secs_f64(args.warmup);
+        let until = from + Duration::from_secs_f64(args.secs);
+        Schedule { began, from, until, per_s: args.rate, next: AtomicU64::new(0) }
+    }
+
+    /// Waits until a request is due, and says from when on its latency counts: when it was due if the client comes
+    /// late, else now, which leaves out how late a timer is. `None`: after the end.
+    async fn due(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let Some(per_s) = self.per_s else { return Some(now).filter(|now| *now < self.until) };
+        let due = self.began + Duration::from_secs_f64(self.next.fetch_add(1, Ordering::Relaxed) as f64 / per_s);
+        if due >= self.until || now >= self.until {
+            return None;
+        }
+        if due <= now {
+            return Some(due);
+        }
+        tokio::time::sleep_until(due).await;
+        Some(Instant::now())
+    }
 }
 
 struct Lane {
@@ -147,8 +197,7 @@ struct Lane {
 }
 
 async fn measure(args: &BenchArgs, endpoints: &[Endpoint], op: &'static str, seed: u64) -> Result<Figures, CliError> {
-    let from = Instant::now() + Duration::from_secs_f64(args.warmup);
-    let until = from + Duration::from_secs_f64(args.secs);
+    let schedule = Arc::new(Schedule::of(args));
     let tasks: Vec<_> = endpoints
         .iter()
         .cycle()
@@ -161,7 +210,7 @@ async fn measure(args: &BenchArgs, endpoints: &[Endpoint], op: &'static str, see
                 value_bytes: args.value,
                 batch: args.batch,
             };
-            tokio::spawn(client(load, op, from, until))
+            tokio::spawn(client(load, op, Arc::clone(&schedule)))
         })
         .collect();
     let mut total = empty_lane()?;
@@ -179,6 +228,7 @@ async fn measure(args: &BenchArgs, endpoints: &[Endpoint], op: &'static str, see
         clients: args.clients,
         batch,
         seconds: args.secs,
+        offered: args.rate.map(|rate| (rate * args.secs) as u64),
         requests,
         per_s: requests as f64 * batch as f64 / args.secs,
         p50_us: h.value_at_quantile(0.5),
@@ -227,18 +277,15 @@ impl Load {
     }
 }
 
-async fn client(mut load: Load, op: &str, from: Instant, until: Instant) -> Result<Lane, CliError> {
+async fn client(mut load: Load, op: &str, schedule: Arc<Schedule>) -> Result<Lane, CliError> {
     let mut lane = empty_lane()?;
     loop {
         let call = load.call(op);
-        let start = Instant::now();
-        if start >= until {
-            return Ok(lane);
-        }
+        let Some(start) = schedule.due().await else { return Ok(lane) };
         let error = match load.client.call(&call, CALL_TIMEOUT).await {
             Ok(answer) if answer.is_success() => {
                 // Whole requests inside the window only.
-                if start >= from && Instant::now() <= until {
+                if start >= schedule.from && Instant::now() <= schedule.until {
                     let us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
                     lane.histogram.saturating_record(us);
                 }

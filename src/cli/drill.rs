@@ -1,84 +1,75 @@
-//! `stemedb drill`: breaks a throw-away cluster under load, and judges.
+//! `stemedb drill`: breaks a cluster under load, and judges.
 //!
-//! `kill`: each round kills the leader with SIGKILL while all clients work, waits until they are served
-//! again, restarts the killed node and waits until it has caught up. Clients of the surviving nodes
-//! must not see a single error; those of the dead node repeat their write with the same key elsewhere.
-//! `fsync` and `stall` (`drill_disk`) break the leader's disk instead, on file systems of their own.
-//! At the end every node is listed in full and compared with what the clients were told.
+//! Each kind of fault has its rounds in a file of its own (`drill_kill`, `drill_drain`, `drill_partition`, `drill_disk`);
+//! `drill_run` makes the load around them and calls the judge. The cluster is a throw-away one of three servers on this
+//! machine, if wanted behind a real nginx or Envoy; or an existing one, for what its operators do to it anyway.
+//! Without a balancer clients repeat, with the same key and elsewhere, what broke with their node, and clients of
+//! other nodes must not see a single error. Behind one they have no keys and repeat nothing, and nobody may see any.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use tokio::task::JoinSet;
-use tokio::time::sleep;
+use serde_json::value::RawValue;
 
 use super::dev::StopSignals;
-use super::drill_disk::{self, Disks};
-use super::drill_load::{self, Load};
-use super::drill_open::{self, Offered};
-use super::drill_report::{DrillReport, RoundReport, progress_line, text};
-use super::drill_watch::{Down, survivor_errors};
-use super::local_cluster::{LocalCluster, NodePlan, free_port, plan};
-use super::{CliError, drill_disk_report, drill_kill, output};
-use crate::judge::{self, History, WriteOutcome, summarize_gaps};
+use super::drill_run::{self, Done};
+use super::http_client::{Endpoint, parse_endpoints};
+use super::{CliError, balancer, drill_html, output};
 
-/// How long all nodes may take to become ready, at the start and after each restart.
-pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Load before the fault and after the first answer of the new leader: the fault must meet a busy cluster.
-pub const STEADY: Duration = Duration::from_millis(1000);
-
-/// How long the most that the cluster takes is measured, for `--rate-fraction`.
-const MEASURED: Duration = Duration::from_secs(4);
-
-/// Writes sent once more at the end, beside those that were retried during the drill.
-const REPEATED_SAMPLE: usize = 500;
-
-/// Most of the retried ones sent once more: client keys are kept for 15 minutes, so only late ones count.
-const REPEATED_MAX: usize = 5000;
-
-/// Client keys are replicated state for 15 minutes; this stays clear of that.
-const KEY_LIFE_US: u64 = 10 * 60 * 1_000_000;
+/// Rounds of each kind in `--kind all`.
+const ROUNDS_OF_ALL: usize = 3;
 
 /// Arguments of `stemedb drill`.
 #[derive(Args, Debug, Clone)]
 pub struct DrillArgs {
     /// What to break; fsync and stall need root and the helper program stemedb-faulty-disk
     #[arg(long, value_enum, default_value_t = DrillKind::Kill)]
-    kind: DrillKind,
-    /// How many times
-    #[arg(long, default_value_t = 20)]
-    rounds: usize,
-    /// Clients, spread over all nodes
+    pub kind: DrillKind,
+    /// How many times; a round of drain takes every node in turn. Default: 20, of drain and partition 5, of all 3 each
+    #[arg(long)]
+    pub rounds: Option<usize>,
+    /// Clients, spread over all nodes, or all at the load balancer
     #[arg(long, default_value_t = 64)]
-    clients: u32,
+    pub clients: u32,
+    /// A load balancer between the clients and a throw-away cluster, with the files of deploy/
+    #[arg(long, value_enum, default_value_t = Behind::None)]
+    pub behind: Behind,
+    /// The program for --behind. Default: nginx or envoy on the PATH, or where scripts/test.sh has fetched it
+    #[arg(long, value_name = "PATH")]
+    pub balancer: Option<PathBuf>,
+    /// Drill this cluster, host:port of every node separated by commas, in place of a throw-away one; only drain and
+    /// failover. What the clients write stays in it, below drill/
+    #[arg(long, value_name = "NODES")]
+    pub endpoints: Option<String>,
+    /// With --endpoints: the load balancer that clients are to use
+    #[arg(long, value_name = "HOST:PORT", requires = "endpoints")]
+    pub through: Option<String>,
     /// Offer this share of the most that the clients got done before the first round, whatever the answers take, in
     /// place of one request at a time per client
     #[arg(long, value_name = "SHARE")]
-    rate_fraction: Option<f64>,
+    pub rate_fraction: Option<f64>,
     /// Bytes of each value
     #[arg(long, default_value_t = 128)]
-    value: usize,
+    pub value: usize,
     /// Folder for the nodes; must be empty or absent, and is kept. Default: a temporary one, removed on success
     #[arg(long, value_name = "DIR")]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
     /// fsync, stall: the helper program. Default: stemedb-faulty-disk beside this program
     #[arg(long, value_name = "PATH")]
-    faulty_disk: Option<PathBuf>,
+    pub faulty_disk: Option<PathBuf>,
     /// fsync, stall: size of each node's disk in MiB; takes what is written
     #[arg(long, default_value_t = 2048)]
-    disk_mb: u64,
+    pub disk_mb: u64,
     /// fsync: restart the node by hand when the fault is lifted, instead of waiting until it has rebuilt itself
     #[arg(long)]
-    no_rebuild_wait: bool,
+    pub no_rebuild_wait: bool,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub json: bool,
+    /// Write a report with pictures of the acknowledged writes around each fault
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 /// What to break.
@@ -86,259 +77,279 @@ pub struct DrillArgs {
 pub enum DrillKind {
     /// kill -9 of the leader
     Kill,
+    /// Each node in turn is drained, restarted and undrained
+    Drain,
+    /// Leadership is moved by command
+    Failover,
+    /// The leader is cut from the other nodes, not from clients
+    Partition,
     /// Writes of the leader's log to its disk fail, so that its fsync does
     Fsync,
     /// The leader's disk hangs for ever
     Stall,
+    /// Each of them, on clusters of their own
+    All,
+}
+
+/// What stands between clients and nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Behind {
+    /// Clients talk to the nodes themselves
+    None,
+    /// nginx, with deploy/nginx/stemedb.conf
+    Nginx,
+    /// Envoy, with deploy/envoy/stemedb.yaml
+    Envoy,
+}
+
+impl Behind {
+    /// The program, if there is one.
+    pub fn kind(self) -> Option<balancer::Kind> {
+        match self {
+            Self::None => None,
+            Self::Nginx => Some(balancer::Kind::Nginx),
+            Self::Envoy => Some(balancer::Kind::Envoy),
+        }
+    }
+}
+
+impl DrillKind {
+    const SINGLE: [Self; 6] = [Self::Kill, Self::Drain, Self::Failover, Self::Partition, Self::Fsync, Self::Stall];
+
+    /// Its word in reports.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Kill => "kill",
+            Self::Drain => "drain",
+            Self::Failover => "failover",
+            Self::Partition => "partition",
+            Self::Fsync => "fsync",
+            Self::Stall => "stall",
+            Self::All => "all",
+        }
+    }
+
+    /// Whether it needs disks that fail on command.
+    pub fn breaks_disks(self) -> bool {
+        matches!(self, Self::Fsync | Self::Stall)
+    }
+
+    fn rounds(self) -> usize {
+        match self {
+            Self::Drain | Self::Partition => 5,
+            Self::All => ROUNDS_OF_ALL,
+            Self::Kill | Self::Failover | Self::Fsync | Self::Stall => 20,
+        }
+    }
+
+    /// Why it must not be done to a cluster that others use, or cannot be done from here.
+    fn why_not_on_existing(self) -> Option<&'static str> {
+        match self {
+            Self::Drain | Self::Failover => None,
+            Self::Kill => Some("killing servers is done where they run, by whoever can start them again"),
+            Self::Partition => Some("it would cut the network between your nodes"),
+            Self::Fsync | Self::Stall => Some("it needs disks that fail on command, which yours hopefully do not"),
+            Self::All => Some("it contains kinds that break more than an operator would"),
+        }
+    }
+}
+
+/// A cluster that was there before the drill.
+pub struct Existing {
+    /// Every node.
+    pub nodes: Vec<Endpoint>,
+    /// The load balancer for the clients.
+    pub through: Option<Endpoint>,
+}
+
+impl DrillArgs {
+    /// Rounds, as given or by the kind.
+    pub fn rounds(&self) -> usize {
+        self.rounds.unwrap_or_else(|| self.kind.rounds())
+    }
+
+    /// The existing cluster, if one is to be drilled.
+    pub fn existing(&self) -> Result<Option<Existing>, CliError> {
+        let Some(endpoints) = &self.endpoints else { return Ok(None) };
+        let nodes = parse_endpoints(endpoints).map_err(CliError::Usage)?;
+        let through = self.through.as_deref().map(Endpoint::parse).transpose().map_err(CliError::Usage)?;
+        Ok(Some(Existing { nodes, through }))
+    }
+
+    fn check(&self) -> Result<(), CliError> {
+        let usage = |text: String| Err(CliError::Usage(text));
+        if !(1..=10_000).contains(&self.rounds()) || !(1..=3000).contains(&self.clients) {
+            return usage("--rounds takes 1 to 10000, --clients 1 to 3000".to_owned());
+        }
+        if !(16..=1 << 20).contains(&self.value) {
+            return usage(format!("--value {}: 16 to {} bytes", self.value, 1 << 20));
+        }
+        if self.rate_fraction.is_some_and(|share| !(0.01..=1.0).contains(&share)) {
+            return usage("--rate-fraction takes 0.01 to 1".to_owned());
+        }
+        if !(256..=1 << 20).contains(&self.disk_mb) {
+            return usage("--disk-mb takes 256 to 1048576".to_owned());
+        }
+        if self.kind == DrillKind::Partition && self.behind != Behind::None {
+            return usage(
+                "--kind partition has no --behind: a node that only its peers cannot reach is no worse for a balancer \
+                 than any other, and what it gets waits for as long as a request may and fails"
+                    .to_owned(),
+            );
+        }
+        if self.balancer.is_some() && self.behind == Behind::None {
+            return usage("--balancer is the program for --behind nginx or envoy".to_owned());
+        }
+        if self.endpoints.is_none() {
+            return Ok(());
+        }
+        if let Some(why) = self.kind.why_not_on_existing() {
+            return usage(format!(
+                "--kind {} is not for --endpoints: {why}. There are drain and failover",
+                self.kind.word()
+            ));
+        }
+        if self.behind != Behind::None || self.data.is_some() {
+            return usage("--behind and --data are for a throw-away cluster; --through names your balancer".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Reports of several drills.
+#[derive(Serialize)]
+struct AllReport {
+    kind: &'static str,
+    passed: bool,
+    drills: Vec<Box<RawValue>>,
+    skipped: Vec<Skipped>,
+}
+
+/// A kind that could not be drilled here.
+#[derive(Serialize)]
+struct Skipped {
+    kind: &'static str,
+    why: String,
 }
 
 /// Runs the drill and prints the report. Exit code 1 when the judge found anything.
 pub async fn run(args: &DrillArgs) -> Result<(), CliError> {
-    if !(1..=10_000).contains(&args.rounds) || !(1..=3000).contains(&args.clients) {
-        return Err(CliError::Usage("--rounds takes 1 to 10000, --clients 1 to 3000".to_owned()));
-    }
-    if !(16..=1 << 20).contains(&args.value) {
-        return Err(CliError::Usage(format!("--value {}: 16 to {} bytes", args.value, 1 << 20)));
-    }
-    if args.rate_fraction.is_some_and(|share| !(0.01..=1.0).contains(&share)) {
-        return Err(CliError::Usage("--rate-fraction takes 0.01 to 1".to_owned()));
-    }
-    if !(256..=1 << 20).contains(&args.disk_mb) {
-        return Err(CliError::Usage("--disk-mb takes 256 to 1048576".to_owned()));
-    }
-    let needs_disks = args.kind != DrillKind::Kill;
-    let program = needs_disks.then(|| super::faulty_disk::find_program(args.faulty_disk.as_deref())).transpose()?;
+    args.check()?;
     let mut stop = StopSignals::new()?;
-    let folder = Folder::new(args.data.clone())?;
-    let mut nodes = plan(&folder.path, 3, free_port(3)?)?;
-    let disks = match program {
-        Some(program) => Some(Disks::start(program, &folder.path, &mut nodes, args.disk_mb).await?),
-        None => None,
+    let (done, skipped) = match args.kind {
+        DrillKind::All => all(args, &mut stop).await?,
+        _ => (vec![drill_run::run(args, &mut stop).await?], Vec::new()),
     };
-    let mut cluster = LocalCluster::prepare(nodes)?;
-    // A drill is many days of bad luck in one hour; elsewhere an operator looks at a disk that fails three times a day.
-    cluster.set_env("STEMEDB_REBUILD_AUTOMATIC_PER_DAY", "1000");
-    let outcome = tokio::select! {
-        outcome = drill(args, &mut cluster, disks.as_ref()) => outcome,
-        () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),
-    };
-    if let Some(disks) = &disks {
-        disks.heal();
+    let passed = done.iter().all(|done| done.passed);
+    if let Some(file) = &args.html {
+        let sections: Vec<&str> = done.iter().map(|done| done.html.as_str()).collect();
+        let left_out: Vec<String> = skipped.iter().map(|each| format!("{}: {}", each.kind, each.why)).collect();
+        std::fs::write(file, drill_html::page(&sections, passed, &left_out))
+            .map_err(|error| CliError::Local(format!("{}: {error}", file.display())))?;
     }
-    let stopped = cluster.stop_all().await;
-    // Waits until nothing is mounted any more.
-    drop(disks);
-    folder.finish(outcome.as_ref().is_ok_and(|(_, passed)| *passed));
-    let (report, passed) = outcome?;
-    for name in stopped? {
-        output::notice(&format!("{name} did not stop in time and was killed"));
+    if args.json {
+        let json = match done.as_slice() {
+            [one] if args.kind != DrillKind::All => one.json.get().to_owned(),
+            _ => {
+                let drills = done.into_iter().map(|done| done.json).collect();
+                let report = AllReport { kind: "all", passed, drills, skipped };
+                serde_json::to_string(&report)
+                    .map_err(|error| CliError::Local(format!("cannot write the report: {error}")))?
+            }
+        };
+        output::line(&json)?;
+    } else {
+        for done in &done {
+            output::line(&done.text)?;
+        }
     }
-    output::line(&report)?;
     if passed {
         return Ok(());
     }
     Err(CliError::Found("the drill found what must not happen".to_owned()))
 }
 
-/// Where the nodes' data lies.
-struct Folder {
-    path: PathBuf,
-    made_here: bool,
-}
-
-impl Folder {
-    fn new(wanted: Option<PathBuf>) -> Result<Self, CliError> {
-        let fail = |path: &PathBuf, error: std::io::Error| CliError::Local(format!("{}: {error}", path.display()));
-        let Some(path) = wanted else {
-            let name = format!("stemedb-drill-{:016x}", rand::random::<u64>());
-            let path = std::env::temp_dir().join(name);
-            std::fs::create_dir(&path).map_err(|error| fail(&path, error))?;
-            return Ok(Self { path, made_here: true });
+/// Every kind that this machine can do, one after the other.
+async fn all(args: &DrillArgs, stop: &mut StopSignals) -> Result<(Vec<Done>, Vec<Skipped>), CliError> {
+    let (mut all, mut skipped) = (Vec::new(), Vec::new());
+    for kind in DrillKind::SINGLE {
+        let args = DrillArgs { kind, rounds: Some(args.rounds()), ..args.clone() };
+        let data = args.data.as_ref().map(|data| data.join(kind.word()));
+        let args = DrillArgs { data, ..args };
+        let why_not = match args.check() {
+            Ok(()) if kind.breaks_disks() => why_no_disks(&args),
+            Ok(()) => None,
+            Err(error) => Some(error.to_string()),
         };
-        let path = std::path::absolute(&path).map_err(|error| fail(&path, error))?;
-        std::fs::create_dir_all(&path).map_err(|error| fail(&path, error))?;
-        let mut entries = std::fs::read_dir(&path).map_err(|error| fail(&path, error))?;
-        if entries.next().is_some() {
-            let text = format!("{} is not empty; a drill needs a folder of its own", path.display());
-            return Err(CliError::Usage(text));
-        }
-        Ok(Self { path, made_here: false })
-    }
-
-    /// Removes a temporary folder after a success; everything else stays for whoever wants to look.
-    fn finish(&self, passed: bool) {
-        if !(self.made_here && passed) {
-            output::notice(&format!("data and logs are in {}", self.path.display()));
-        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
-            output::notice(&format!("cannot remove {}: {error}", self.path.display()));
-        }
-    }
-}
-
-/// All rounds and the judge; the report as it is to be printed, and whether it is clean.
-async fn drill(
-    args: &DrillArgs,
-    cluster: &mut LocalCluster,
-    disks: Option<&Disks>,
-) -> Result<(String, bool), CliError> {
-    cluster.start_all()?;
-    cluster.wait_ready(READY_TIMEOUT).await?;
-    let endpoints = cluster.plan().iter().map(NodePlan::endpoint).collect::<Result<Vec<_>, _>>()?;
-    let measured_per_s = match args.rate_fraction {
-        Some(_) => Some(measure(args, Load::new(endpoints.clone(), args.value, rand::random())).await?),
-        None => None,
-    };
-    let load = Load::new(endpoints, args.value, rand::random());
-    let rate = args.rate_fraction.zip(measured_per_s).map(|(share, most)| share * most);
-    let clients = Clients::start(args, &load, rate);
-    let mut downs = Vec::new();
-    let (report, passed) = match disks {
-        None => {
-            let mut rounds = Vec::new();
-            for round in 1..=args.rounds {
-                let done = drill_kill::kill_round(cluster, &load, round, &mut downs).await?;
-                output::notice(&progress_line(&done, args.rounds));
-                rounds.push(done);
+        match why_not {
+            Some(why) => {
+                output::notice(&format!("{} is left out: {why}", kind.word()));
+                skipped.push(Skipped { kind: kind.word(), why });
             }
-            let offered = clients.stop(&load).await?;
-            let report = judge_run(args, "kill", &load, rounds, &downs, (measured_per_s, offered)).await?;
-            (rendered(args, &report, text)?, report.passed)
-        }
-        Some(disks) => {
-            let mut rounds = Vec::new();
-            for round in 1..=args.rounds {
-                let how = drill_disk::How { kind: args.kind, wait_for_rebuild: !args.no_rebuild_wait };
-                let done = drill_disk::round(cluster, disks, &load, how, round, &mut downs).await?;
-                output::notice(&drill_disk_report::progress_line(&done, args.rounds));
-                rounds.push(done);
+            None => {
+                output::notice(&format!("{}: {} rounds", kind.word(), args.rounds()));
+                all.push(drill_run::run(&args, stop).await?);
             }
-            let offered = clients.stop(&load).await?;
-            let kind = if args.kind == DrillKind::Stall { "stall" } else { "fsync" };
-            let report = judge_run(args, kind, &load, rounds, &downs, (measured_per_s, offered)).await?;
-            (rendered(args, &report, drill_disk_report::text)?, report.passed)
-        }
-    };
-    Ok((report, passed))
-}
-
-fn rendered<R: Serialize>(
-    args: &DrillArgs,
-    report: &DrillReport<R>,
-    text: impl Fn(&DrillReport<R>) -> String,
-) -> Result<String, CliError> {
-    if !args.json {
-        return Ok(text(report));
-    }
-    serde_json::to_string(report).map_err(|error| CliError::Local(format!("cannot write the report: {error}")))
-}
-
-/// Whoever makes the load.
-enum Clients {
-    Closed(JoinSet<Result<(), String>>),
-    Open(tokio::task::JoinHandle<Result<Offered, String>>),
-}
-
-impl Clients {
-    /// `rate`: operations per second, whatever they take; `None`: one at a time for each client.
-    fn start(args: &DrillArgs, load: &Arc<Load>, rate: Option<f64>) -> Self {
-        if let Some(rate) = rate {
-            return Self::Open(tokio::spawn(drill_open::offer(Arc::clone(load), rate)));
-        }
-        let mut clients = JoinSet::new();
-        for number in 0..args.clients {
-            clients.spawn(drill_load::client(Arc::clone(load), number));
-        }
-        Self::Closed(clients)
-    }
-
-    async fn stop(self, load: &Load) -> Result<Option<Offered>, CliError> {
-        load.stop();
-        let died = |error| CliError::Local(format!("a client failed: {error}"));
-        match self {
-            Self::Closed(mut clients) => {
-                while let Some(client) = clients.join_next().await {
-                    client.map_err(died)?.map_err(CliError::Local)?;
-                }
-                Ok(None)
-            }
-            Self::Open(offering) => Ok(Some(offering.await.map_err(died)?.map_err(CliError::Local)?)),
         }
     }
+    Ok((all, skipped))
 }
 
-/// Operations per second that the clients get done, one at a time each, on the cluster as it is now.
-async fn measure(args: &DrillArgs, load: Arc<Load>) -> Result<f64, CliError> {
-    let clients = Clients::start(args, &load, None);
-    sleep(STEADY).await;
-    let (from_us, before) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
-    sleep(MEASURED).await;
-    let (to_us, after) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
-    clients.stop(&load).await?;
-    let per_s = (after - before) as f64 * 1e6 / to_us.saturating_sub(from_us).max(1) as f64;
-    output::notice(&format!("the most that {} clients got done: {per_s:.0} operations/s", args.clients));
-    Ok(per_s)
+fn why_no_disks(args: &DrillArgs) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("mounting disks that fail needs root".to_owned());
+    }
+    super::faulty_disk::find_program(args.faulty_disk.as_deref()).err().map(|error| error.to_string())
 }
 
-async fn judge_run<R: RoundReport>(
-    args: &DrillArgs,
-    kind: &'static str,
-    load: &Load,
-    rounds: Vec<R>,
-    downs: &[Down],
-    (measured_per_s, offered): (Option<f64>, Option<Offered>),
-) -> Result<DrillReport<R>, CliError> {
-    let under_load = load.recorder.history();
-    let (errors, error_samples) = survivor_errors(&under_load, downs);
-    let gaps = summarize_gaps(&under_load.acknowledged_us());
-    let repeat = values_to_repeat(&under_load, load.recorder.now_us());
-    let not_replayed = drill_load::repeat_writes(load, &repeat).await.map_err(CliError::Local)?;
-    let mut listings = Vec::new();
-    for node in 0..load.endpoints.len() {
-        listings.push(drill_load::list_node(load, node).await.map_err(CliError::Found)?);
-    }
-    let history = load.recorder.history();
-    let verdict = tokio::task::spawn_blocking(move || judge::check(&history, &listings))
-        .await
-        .map_err(|error| CliError::Local(format!("the judge failed: {error}")))?;
-    let (gap_median_ms, gap_worst_ms) = super::drill_report::median_and_worst_ms(&rounds);
-    let rounds_clean = rounds.iter().all(|round| round.problem().is_none());
-    Ok(DrillReport {
-        kind,
-        passed: verdict.is_clean() && errors == 0 && not_replayed == 0 && rounds_clean,
-        measured_per_s,
-        offered,
-        clients: usize::try_from(args.clients).unwrap_or(usize::MAX),
-        nodes: load.endpoints.len(),
-        rounds,
-        gap_median_ms,
-        gap_worst_ms,
-        gaps,
-        survivor_errors: errors,
-        not_replayed,
-        repeated: repeat.len() as u64,
-        error_samples,
-        verdict,
-    })
-}
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use clap::Parser;
 
-/// All writes that took more than one attempt, and some of the others, with the node that acknowledged them.
-/// Only recent ones: keys live for 15 minutes.
-fn values_to_repeat(history: &History, now_us: u64) -> Vec<(u64, u16)> {
-    let mut attempts: HashMap<u64, u32> = HashMap::new();
-    for write in &history.writes {
-        *attempts.entry(write.value).or_insert(0) += 1;
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: DrillArgs,
     }
-    let recent = history.writes.iter().rev().filter(|write| {
-        let acknowledged = matches!(write.outcome, WriteOutcome::Acknowledged { .. });
-        acknowledged && write.end_us + KEY_LIFE_US > now_us
-    });
-    let (mut retried, mut plain) = (Vec::new(), Vec::new());
-    for write in recent {
-        let place = if attempts.get(&write.value).is_some_and(|count| *count > 1) { &mut retried } else { &mut plain };
-        place.push((write.value, write.node));
+
+    fn checked(line: &str) -> Result<DrillArgs, String> {
+        let words = std::iter::once("drill").chain(line.split_whitespace());
+        let args = Line::try_parse_from(words).map_err(|error| error.to_string())?.args;
+        args.check().map(|()| args).map_err(|error| error.to_string())
     }
-    retried.truncate(REPEATED_MAX);
-    let step = (plain.len() / REPEATED_SAMPLE).max(1);
-    retried.extend(plain.into_iter().step_by(step).take(REPEATED_SAMPLE));
-    retried
+
+    #[test]
+    fn a_cluster_in_use_is_only_drilled_as_operators_do() {
+        for kind in ["drain", "failover"] {
+            let args = checked(&format!("--kind {kind} --endpoints a:1,b:1,c:1 --through d:8080")).unwrap();
+            let existing = args.existing().unwrap().unwrap();
+            assert_eq!((existing.nodes.len(), existing.through.unwrap().authority()), (3, "d:8080"));
+        }
+        for kind in ["kill", "partition", "fsync", "stall", "all"] {
+            let refused = checked(&format!("--kind {kind} --endpoints a:1,b:1,c:1")).unwrap_err();
+            assert!(refused.contains(&format!("--kind {kind} is not for --endpoints: ")), "{refused}");
+        }
+        assert!(checked("--kind drain --endpoints a:1 --behind nginx").unwrap_err().contains("--through"));
+        assert!(checked("--kind drain --through a:1").is_err());
+    }
+
+    #[test]
+    fn each_kind_has_its_rounds_and_its_limits() {
+        let rounds = |line: &str| checked(line).unwrap().rounds();
+        assert_eq!((rounds(""), rounds("--kind drain"), rounds("--kind all")), (20, 5, 3));
+        assert_eq!(rounds("--kind drain --rounds 2 --behind envoy"), 2);
+        for (line, why) in [
+            ("--kind partition --behind nginx", "has no --behind"),
+            ("--balancer /usr/sbin/nginx", "--behind"),
+            ("--rounds 0", "--rounds takes"),
+            ("--clients 0", "--clients"),
+            ("--value 4", "--value 4"),
+            ("--rate-fraction 2", "--rate-fraction"),
+        ] {
+            let refused = checked(line).unwrap_err();
+            assert!(refused.contains(why), "{line}: {refused}");
+        }
+    }
 }

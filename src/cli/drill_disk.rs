@@ -14,9 +14,11 @@ use rustix::process::Signal;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::drill::{DrillKind, READY_TIMEOUT, STEADY};
+use super::drill::DrillKind;
 use super::drill_disk_report::{DiskRound, StateSeen};
 use super::drill_load::Load;
+use super::drill_report::Times;
+use super::drill_run::{READY_TIMEOUT, STEADY};
 use super::drill_watch::{Down, POLL, check_readable, find_leader, survivor_errors};
 use super::faulty_disk::wire::{Failure, Held, IoLine, IoResult, Kind, SyncCall};
 use super::faulty_disk::{FaultyDisk, now_us};
@@ -214,6 +216,13 @@ pub async fn round(
     done.gap_after_ms =
         (i64::try_from(gap.from_us).unwrap_or(i64::MAX) - i64::try_from(met.laid_us).unwrap_or(0)) / 1000;
     done.rejoin_gap_us = longest_gap_touching(&acknowledged_us, window_end_us, end_us).length_us();
+    let mut times = Times { from_us: round_start_us, to_us: end_us, marks: Vec::new() };
+    times.fault(
+        met.recorder_us(met.first.at_us),
+        if how.kind == DrillKind::Stall { "disk hangs" } else { "disk fails" },
+    );
+    times.event(lifted_us, "fault lifted");
+    done.times = times;
     Ok(done)
 }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::drill_report::{DrillReport, RoundReport, summary};
+use super::drill_report::{RoundReport, Times};
 use super::output;
 
 /// What one round showed.
@@ -52,6 +52,8 @@ pub struct DiskRound {
     pub healthy_voters: usize,
     /// Nodes that answered a linearizable read at the end of the round.
     pub readable_nodes: usize,
+    /// When it was.
+    pub times: Times,
 }
 
 /// A node's word about its disk.
@@ -64,8 +66,66 @@ pub struct StateSeen {
 }
 
 impl RoundReport for DiskRound {
-    fn gap_us(&self) -> u64 {
-        self.gap_us
+    const HEAD: &'static [&'static str] = &[
+        "ROUND",
+        "DISK OF",
+        "GAP ms",
+        "FROM ms",
+        "ERRORS",
+        "SERVED AFTER",
+        "FSYNC ERRORS",
+        "WRITES/SYNCS AFTER",
+        "FENCED ms",
+        "NEW LEADER",
+        "WRITES",
+        "BACK ms",
+        "HOW",
+        "GAP THEN ms",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        let or_dash = |figure: Option<u64>| figure.map_or_else(|| "-".to_owned(), |figure| figure.to_string());
+        vec![
+            self.round.to_string(),
+            self.victim.clone(),
+            output::ms(self.gap_us),
+            self.gap_after_ms.to_string(),
+            self.errors.to_string(),
+            self.served_after.to_string(),
+            or_dash(self.fsync_errors),
+            format!("{}/{}", self.segment_writes_after, or_dash(self.segment_syncs_after)),
+            or_dash(self.fenced_ms),
+            self.new_leader.clone(),
+            output::thousands(self.acknowledged),
+            self.rejoin_ms.to_string(),
+            self.rejoined.to_owned(),
+            output::ms(self.rejoin_gap_us),
+        ]
+    }
+
+    fn progress(&self) -> String {
+        let states: Vec<String> =
+            self.states.iter().map(|seen| format!("{} at {} ms", seen.state, seen.after_ms)).collect();
+        format!(
+            "disk of {}, gap {} ms from {} ms on, {} errors, {} leads, {} in {} ms, {} healthy voters ({})",
+            self.victim,
+            output::ms(self.gap_us),
+            self.gap_after_ms,
+            self.errors,
+            self.new_leader,
+            self.rejoined,
+            self.rejoin_ms,
+            self.healthy_voters,
+            states.join(", "),
+        )
+    }
+
+    fn gap_us(&self) -> Option<u64> {
+        Some(self.gap_us)
+    }
+
+    fn times(&self) -> &Times {
+        &self.times
     }
 
     fn problem(&self) -> Option<String> {
@@ -100,63 +160,4 @@ impl RoundReport for DiskRound {
         }
         (!found.is_empty()).then(|| format!("round {}: {}", self.round, found.join("; ")))
     }
-}
-
-/// One line for one round, while the drill runs.
-pub fn progress_line(round: &DiskRound, rounds: usize) -> String {
-    let states: Vec<String> =
-        round.states.iter().map(|seen| format!("{} at {} ms", seen.state, seen.after_ms)).collect();
-    format!(
-        "round {:>2}/{rounds}: disk of {}, gap {} ms from {} ms on, {} errors, {} leads, {} in {} ms, {} healthy voters ({})",
-        round.round,
-        round.victim,
-        output::ms(round.gap_us),
-        round.gap_after_ms,
-        round.errors,
-        round.new_leader,
-        round.rejoined,
-        round.rejoin_ms,
-        round.healthy_voters,
-        states.join(", "),
-    )
-}
-
-/// The report for people.
-pub fn text(report: &DrillReport<DiskRound>) -> String {
-    let mut table = output::table([
-        "ROUND",
-        "DISK OF",
-        "GAP ms",
-        "FROM ms",
-        "ERRORS",
-        "SERVED AFTER",
-        "FSYNC ERRORS",
-        "WRITES/SYNCS AFTER",
-        "FENCED ms",
-        "NEW LEADER",
-        "WRITES",
-        "BACK ms",
-        "HOW",
-        "GAP THEN ms",
-    ]);
-    let or_dash = |figure: Option<u64>| figure.map_or_else(|| "-".to_owned(), |figure| figure.to_string());
-    for round in &report.rounds {
-        table.add_row([
-            round.round.to_string(),
-            round.victim.clone(),
-            output::ms(round.gap_us),
-            round.gap_after_ms.to_string(),
-            round.errors.to_string(),
-            round.served_after.to_string(),
-            or_dash(round.fsync_errors),
-            format!("{}/{}", round.segment_writes_after, or_dash(round.segment_syncs_after)),
-            or_dash(round.fenced_ms),
-            round.new_leader.clone(),
-            output::thousands(round.acknowledged),
-            round.rejoin_ms.to_string(),
-            round.rejoined.to_owned(),
-            output::ms(round.rejoin_gap_us),
-        ]);
-    }
-    format!("{table}\n{}", summary(report))
 }

@@ -3,6 +3,8 @@
 //! Every write has its own idempotency key and a value that no other write has. A write whose
 //! connection breaks is repeated with the same key on the next node that is up, until some node
 //! answers, and only then does the client begin another one. Everything is recorded for the judge.
+//! Behind a load balancer the clients are as plain as clients come: no key, no second attempt, and the
+//! only address they know is the balancer's.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +17,10 @@ use tokio::time::{Instant, sleep};
 
 use super::http_client::{Answer, CALL_TIMEOUT, Call, Client, Endpoint, HttpError, encode_query};
 use super::listing::each_fact;
-use crate::judge::{Fact, Lane, NodeFacts, ReadOutcome, Recorder, Seen, WriteOutcome};
+use crate::judge::{BALANCER, Fact, Lane, NodeFacts, ReadOutcome, Recorder, Seen, WriteOutcome};
+
+/// Deadline of a request through a balancer, whose own is 30 s.
+const BALANCER_TIMEOUT: Duration = Duration::from_secs(35);
 
 /// How long one write is repeated before the client gives it up as unknown.
 const WRITE_PATIENCE: Duration = Duration::from_secs(180);
@@ -38,6 +43,8 @@ pub struct Load {
     pub recorder: Arc<Recorder>,
     /// One per node.
     pub endpoints: Vec<Endpoint>,
+    /// The load balancer, if clients are to use nothing else.
+    pub balancer: Option<Endpoint>,
     /// Which nodes clients may use; the drill knows which it killed.
     pub up: Vec<AtomicBool>,
     /// Seed of every client's choices.
@@ -89,10 +96,16 @@ struct FactBody {
 impl Load {
     /// A load on `endpoints`; nobody works yet.
     pub fn new(endpoints: Vec<Endpoint>, value_bytes: usize, seed: u64) -> Arc<Self> {
+        Self::through(None, endpoints, value_bytes, seed)
+    }
+
+    /// The same through a load balancer before `endpoints`.
+    pub fn through(balancer: Option<Endpoint>, endpoints: Vec<Endpoint>, value_bytes: usize, seed: u64) -> Arc<Self> {
         let up = endpoints.iter().map(|_| AtomicBool::new(true)).collect();
         Arc::new(Self {
             recorder: Recorder::new(),
             endpoints,
+            balancer,
             up,
             seed,
             run: format!("{seed:016x}"),
@@ -149,22 +162,30 @@ impl Load {
         }
         let concept = self.concept(value / WRITES_PER_KEY);
         let body = format!(r#"{{"concept_path":"{concept}","predicate":"drill","value":"{text}"}}"#);
-        Call::post("/v1/assert", body).idempotency_key(&format!("drill-{}-{value}", self.run))
+        let call = Call::post("/v1/assert", body);
+        match self.balancer {
+            Some(_) => Ok(call),
+            None => call.idempotency_key(&format!("drill-{}-{value}", self.run)),
+        }
     }
 }
 
-/// A client's connections, one per node, opened when needed.
+/// A client's connections, one per node or one to the balancer, opened when needed.
 struct Connections {
     clients: Vec<Client>,
+    balancer: Option<Client>,
 }
 
 impl Connections {
-    fn new(endpoints: &[Endpoint]) -> Self {
-        let clients = endpoints.iter().cloned().map(Client::new).collect();
-        Self { clients }
+    fn new(load: &Load) -> Self {
+        let clients = load.endpoints.iter().cloned().map(Client::new).collect();
+        Self { clients, balancer: load.balancer.clone().map(Client::new) }
     }
 
     async fn call(&mut self, node: usize, call: &Call) -> Result<Answer, HttpError> {
+        if let Some(balancer) = &mut self.balancer {
+            return balancer.call(call, BALANCER_TIMEOUT).await;
+        }
         match self.clients.get_mut(node) {
             Some(client) => client.call(call, CALL_TIMEOUT).await,
             None => Err(HttpError::NotSent(format!("there is no node {node}"))),
@@ -194,7 +215,7 @@ impl OneClient {
     pub fn new(load: &Load, number: u32) -> Self {
         Self {
             lane: load.recorder.lane(number),
-            connections: Connections::new(&load.endpoints),
+            connections: Connections::new(load),
             rng: StdRng::seed_from_u64(load.seed.wrapping_add(u64::from(number))),
             home: usize::try_from(number).unwrap_or(0) % load.endpoints.len().max(1),
         }
@@ -203,7 +224,11 @@ impl OneClient {
     /// One write or read, to its end.
     pub async fn operation(&mut self, load: &Load) -> Result<(), String> {
         // Home again as soon as the drill says that the node is back.
-        let node = if load.is_up(self.home) { self.home } else { load.next_up(self.home) };
+        let node = match &load.balancer {
+            Some(_) => usize::from(BALANCER),
+            None if load.is_up(self.home) => self.home,
+            None => load.next_up(self.home),
+        };
         if self.rng.random_ratio(1, READ_ONE_IN) {
             let back = self.rng.random_range(0..READ_BACK);
             read(load, &self.lane, &mut self.connections, node, back).await;
@@ -216,7 +241,7 @@ impl OneClient {
     }
 }
 
-/// Sends `value` until some node acknowledges it or patience ends.
+/// Sends `value` until some node acknowledges it or patience ends; through a balancer, once.
 async fn write(
     load: &Load,
     lane: &Lane,
@@ -235,7 +260,7 @@ async fn write(
                 }
                 return Ok(());
             }
-            _ if Instant::now() >= deadline => return Ok(()),
+            _ if load.balancer.is_some() || Instant::now() >= deadline => return Ok(()),
             // An answer: the node lives. Everything else means a broken connection, so go elsewhere.
             WriteOutcome::Refused { status } | WriteOutcome::Unknown { status } if status > 0 => {
                 sleep(REFUSED_PAUSE).await;
@@ -334,7 +359,7 @@ fn newest_of(page: PageBody) -> Option<Option<Seen>> {
 /// compares the outcomes. Returns how many of the answers did not say `replayed`.
 pub async fn repeat_writes(load: &Load, values: &[(u64, u16)]) -> Result<u64, String> {
     let lane = load.recorder.lane(u32::MAX);
-    let mut connections = Connections::new(&load.endpoints);
+    let mut connections = Connections::new(load);
     let mut not_replayed = 0;
     for (value, node) in values {
         let node = load.next_up(usize::from(*node));

@@ -271,6 +271,23 @@ impl LocalCluster {
         signal(pid, sent)
     }
 
+    /// SIGTERM, and waits until the process has ended. A node that does not in time stays, and that is an error.
+    pub async fn stop(&mut self, node: usize) -> Result<(), CliError> {
+        self.signal(node, Signal::TERM)?;
+        let Some(slot) = self.children.get_mut(node) else {
+            return Err(CliError::Local(format!("there is no node {node}")));
+        };
+        if let Some(running) = slot {
+            let ended = tokio::time::timeout(STOP_TIMEOUT, running.child.wait()).await;
+            if !matches!(ended, Ok(Ok(_))) {
+                let what = format!("did not stop within {} s", STOP_TIMEOUT.as_secs());
+                return Err(self.node_error(node, &what));
+            }
+            *slot = None;
+        }
+        Ok(())
+    }
+
     /// kill -9, and waits until the process is gone.
     pub async fn kill(&mut self, node: usize) -> Result<(), CliError> {
         let Some(mut running) = self.children.get_mut(node).and_then(Option::take) else {

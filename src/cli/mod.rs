@@ -19,6 +19,7 @@
 //! | 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`, and the node closed its doors; start it again |
 //! | 141 | the reader of the output went away |
 
+pub mod balancer;
 pub mod bench;
 pub mod compact;
 pub mod dev;
@@ -26,11 +27,16 @@ pub mod drain;
 pub mod drill;
 mod drill_disk;
 mod drill_disk_report;
+mod drill_drain;
+mod drill_html;
 mod drill_kill;
 pub mod drill_load;
 mod drill_open;
+mod drill_partition;
+mod drill_picture;
 mod drill_report;
-mod drill_watch;
+mod drill_run;
+pub mod drill_watch;
 pub mod failover;
 pub mod faulty_disk;
 pub mod flow_client;

@@ -1,8 +1,9 @@
 //! `stemedb serve`: one server process, from its configuration to its exit code.
 //!
-//! Binds both listeners before it says that it serves, writes `pid` into the data folder and removes
-//! it on a clean stop. SIGTERM and SIGINT stop it cleanly: the node leaves traffic as in a drain, within
-//! `cluster.stop_deadline_ms`, the HTTP side finishes what it has begun, then the node stops; one that is drained
+//! Takes both ports before it opens anything, but lets clients connect only once it can answer: a load balancer without
+//! probes goes elsewhere when a connection is refused, and would wait on one that nobody reads. It writes `pid` into the
+//! data folder and removes it on a clean stop. SIGTERM and SIGINT stop it cleanly: the node leaves traffic as in a drain,
+//! within `cluster.stop_deadline_ms`, the HTTP side finishes what it has begun, then the node stops; one that is drained
 //! already stops at once. A second signal ends the process at once. The service manager is told of each.
 
 mod notify;
@@ -18,7 +19,7 @@ use std::{
 };
 
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,9 @@ const EXIT_CONFIG: u8 = 6;
 const EXIT_FAILED: u8 = 7;
 /// Its disk hung for so long that it closed its doors.
 const EXIT_FENCED: u8 = 8;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// How often the service manager's line is made anew.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
@@ -104,27 +108,72 @@ fn check_exposure(addr: SocketAddr, what: &str, insecure: bool) -> Result<(), St
     Ok(())
 }
 
-async fn listen(addr: &str, what: &str, insecure: bool) -> Result<TcpListener, Failure> {
+/// Takes the address without listening on it: connections are refused until `listen` is called.
+async fn bind(addr: &str, what: &str, insecure: bool) -> Result<TcpSocket, Failure> {
     // Looked up before binding: a refused address is never open, not even for a moment.
     let found: Vec<SocketAddr> =
         tokio::net::lookup_host(addr).await.map_err(|e| Failure::Start(format!("{what} {addr}: {e}")))?.collect();
     for addr in &found {
         check_exposure(*addr, what, insecure).map_err(Failure::Config)?;
     }
-    TcpListener::bind(found.as_slice()).await.map_err(|e| Failure::Start(format!("{what} {addr}: {e}")))
+    let mut error = None;
+    for found in found {
+        let socket = if found.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+        let bound = socket.and_then(|socket| {
+            socket.set_reuseaddr(true)?;
+            socket.bind(found)?;
+            Ok(socket)
+        });
+        match bound {
+            Ok(socket) => return Ok(socket),
+            Err(why) => error = Some(why),
+        }
+    }
+    let why = error.map_or_else(|| "no address".to_owned(), |error| error.to_string());
+    Err(Failure::Start(format!("{what} {addr}: {why}")))
+}
+
+fn listen(socket: TcpSocket, addr: &str, what: &str) -> Result<TcpListener, Failure> {
+    socket.listen(BACKLOG).map_err(|e| Failure::Start(format!("{what} {addr}: {e}")))
 }
 
 async fn serve(config: Arc<Config>) -> Result<(), Failure> {
     // Every path of the configuration is absolute. A server that stays where it was started would hold that
     // folder, and could not resolve a path any more once somebody removed it.
     std::env::set_current_dir("/").map_err(|e| Failure::Start(format!("go to /: {e}")))?;
+    loop {
+        match serve_node(Arc::clone(&config)).await? {
+            End::Told(_) => return Ok(()),
+            End::Moved => tracing::info!("starting anew in the spare folder"),
+        }
+    }
+}
+
+/// How a node ended that was not at its end.
+enum End {
+    /// By this signal.
+    Told(&'static str),
+    /// It has moved to its spare folder.
+    Moved,
+}
+
+async fn serve_node(config: Arc<Config>) -> Result<End, Failure> {
     let insecure = config.http.insecure;
-    let http = listen(&config.http.listen, "http.listen", insecure).await?;
-    let peer = listen(&config.peer_listen(), "cluster.peer_listen", insecure).await?;
+    let http = bind(&config.http.listen, "http.listen", insecure).await?;
+    let peer = bind(&config.peer_listen(), "cluster.peer_listen", insecure).await?;
+    let peer = listen(peer, &config.peer_listen(), "cluster.peer_listen")?;
     let http_addr = http.local_addr().map_or_else(|_| config.http.listen.clone(), |a| a.to_string());
     let ground = Ground { peer_listener: Some(peer), ..Ground::default() };
     let node = Node::start_on(Arc::clone(&config), Arc::new(Metrics::new()), ground).await?;
+    let http = match listen(http, &config.http.listen, "http.listen") {
+        Ok(http) => http,
+        Err(failure) => {
+            node.shutdown().await;
+            return Err(failure);
+        }
+    };
     // After the start: the folder is this process's own from there on.
+    let config = Arc::new(node.config().clone());
     let pid = PidFile::write(&config).await.map_err(Failure::Start)?;
     tracing::info!(name = node.name(), http = http_addr, data_dir = %config.node.data_dir.display(), "serving");
 
@@ -168,13 +217,14 @@ async fn wait_for_end(
     mut serving: tokio::task::JoinHandle<std::io::Result<()>>,
     stop_http: CancellationToken,
     notifier: &Notifier,
-) -> Result<(), Failure> {
+) -> Result<End, Failure> {
     let failed = |e: std::io::Error| Failure::Run(format!("signals: {e}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok("SIGTERM"),
-        _ = interrupt.recv() => Ok("SIGINT"),
+        _ = terminate.recv() => Ok(End::Told("SIGTERM")),
+        _ = interrupt.recv() => Ok(End::Told("SIGINT")),
+        () = node.wait_moved() => Ok(End::Moved),
         why = node.wait_fatal() => Err(Failure::Run(why)),
         () = node.wait_fence_over() => {
             return Err(Failure::Fenced("the disk answers again after this process was fenced; it recovers when it is started anew".into()));
@@ -187,27 +237,30 @@ async fn wait_for_end(
             }));
         }
     };
-    if let Ok(signal) = &ended {
+    if let Ok(End::Told(signal)) = &ended {
         tracing::info!("{signal}: stopping");
     }
-    notifier.stopping();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::warn!("second signal: ending at once");
-        std::process::exit(i32::from(EXIT_FAILED));
-    });
-    // While requests are still served: they are sent on to the next leader.
-    node.stop_gently().await;
+    // A node that has moved leads nothing, and is out of traffic: its core has ended.
+    if !matches!(ended, Ok(End::Moved)) {
+        notifier.stopping();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::warn!("second signal: ending at once");
+            std::process::exit(i32::from(EXIT_FAILED));
+        });
+        // While requests are still served: they are sent on to the next leader.
+        node.stop_gently().await;
+    }
     stop_http.cancel();
     match serving.await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the HTTP server did not stop well"),
         Err(error) => tracing::warn!(%error, "the HTTP server died while stopping"),
     }
-    ended.map(|_| ())
+    ended
 }
 
 /// The process id in the data folder.
@@ -272,8 +325,8 @@ mod tests {
     async fn a_taken_port_is_of_this_machine_and_an_open_address_of_the_configuration() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = taken.local_addr().unwrap().to_string();
-        assert_eq!(listen(&addr, "http.listen", false).await.unwrap_err().exit_code(), EXIT_CANNOT_START);
-        assert_eq!(listen("0.0.0.0:0", "http.listen", false).await.unwrap_err().exit_code(), EXIT_CONFIG);
+        assert_eq!(bind(&addr, "http.listen", false).await.unwrap_err().exit_code(), EXIT_CANNOT_START);
+        assert_eq!(bind("0.0.0.0:0", "http.listen", false).await.unwrap_err().exit_code(), EXIT_CONFIG);
     }
 
     #[test]

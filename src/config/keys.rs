@@ -355,6 +355,13 @@ pub static KEYS: &[Key] = &[
     ),
     key(
         "rebuild",
+        "spare_dir",
+        Kind::OptionalFile(|c| &mut c.rebuild.spare_dir),
+        "A folder on another disk, where the node makes itself anew when data_dir takes no file any more. Once it was \
+         taken into use it is the node's folder at every start, and data_dir is not touched.",
+    ),
+    key(
+        "rebuild",
         "quarantine_days",
         Kind::Limit { field: |c| &mut c.rebuild.quarantine_days, max: 3650, unit: "days" },
         "Age at which the old files of a rebuilt node are removed from quarantine/.",

@@ -14,4 +14,4 @@ pub mod report;
 
 pub use checker::{Fact, Finding, FindingKind, NodeFacts, Verdict, check};
 pub use gaps::{Gap, GapSummary, longest_gap_touching, summarize_gaps};
-pub use recorder::{History, Lane, ReadAttempt, ReadOutcome, Recorder, Seen, WriteAttempt, WriteOutcome};
+pub use recorder::{BALANCER, History, Lane, ReadAttempt, ReadOutcome, Recorder, Seen, WriteAttempt, WriteOutcome};

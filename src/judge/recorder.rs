@@ -10,6 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 use tokio::time::Instant;
 
+/// In place of a node: the attempt went through a load balancer, and which node got it is not known.
+pub const BALANCER: u16 = u16::MAX;
+
 /// How one attempt to write ended, as the client was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
@@ -40,7 +43,7 @@ pub enum WriteOutcome {
 pub struct WriteAttempt {
     /// The client's number.
     pub client: u32,
-    /// The node it talked to, counted from 0.
+    /// The node it talked to, counted from 0, or [`BALANCER`].
     pub node: u16,
     /// The key's number.
     pub key: u64,
@@ -84,7 +87,7 @@ pub enum ReadOutcome {
 pub struct ReadAttempt {
     /// The client's number.
     pub client: u32,
-    /// The node it talked to, counted from 0.
+    /// The node it talked to, counted from 0, or [`BALANCER`].
     pub node: u16,
     /// The key's number.
     pub key: u64,

@@ -3,6 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 
 use super::checker::{FINDINGS_MAX, FindingKind, Verdict};
+use super::recorder::BALANCER;
 
 /// Findings printed in a text report; the JSON has more.
 const FINDINGS_PRINTED: usize = 20;
@@ -48,8 +49,10 @@ impl Display for Verdict {
             if let Some(value) = finding.value {
                 write!(out, ", value {value}")?;
             }
-            if let Some(node) = finding.node {
-                write!(out, ", node {}", u32::from(node) + 1)?;
+            match finding.node {
+                Some(BALANCER) => write!(out, ", through the load balancer")?,
+                Some(node) => write!(out, ", node {}", u32::from(node) + 1)?,
+                None => {}
             }
             write!(out, ": {}", finding.detail)?;
         }

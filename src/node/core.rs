@@ -269,6 +269,23 @@ impl Shared {
         self.disk.health().silenced()
     }
 
+    /// Returns once nothing is answered from the state of this incarnation any more: it is silenced, or its core is told
+    /// to end.
+    pub async fn silences(&self) {
+        let mut need = self.need.subscribe();
+        let has_core = self.core.get().is_some();
+        tokio::select! {
+            () = self.disk.silences() => {}
+            () = self.core_stop.cancelled() => {}
+            // Never an error: the sender lives as long as this borrow.
+            _ = need.wait_for(|need| match need {
+                Some(Need::Node(_) | Need::Place(_)) => true,
+                Some(Need::Tree(_)) => !has_core,
+                None => false,
+            }) => {}
+        }
+    }
+
     /// Whether this node is about to stop.
     pub fn is_leaving(&self) -> bool {
         self.leaving.load(Ordering::Relaxed) || self.stop.is_cancelled()

@@ -58,14 +58,19 @@ mod start_error;
 pub mod status;
 mod submit;
 pub mod submit_rules;
+mod taken;
 mod transport;
 pub mod upkeep;
 pub mod vital;
 mod watch;
 pub mod watchdog;
 
-use std::sync::{Arc, Weak};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::{core::Shared, process::Process, rebuild::desk::Desk};
@@ -95,6 +100,7 @@ pub use self::{
     start::{Ground, StartError},
     status::{ClusterReport, Health, MemberReport},
     submit::{SubmitError, Submitted, shortages_text},
+    taken::Taken,
 };
 
 /// A running node. All methods may be called at any time, also while it forms its cluster or stops.
@@ -136,16 +142,20 @@ impl Node {
         key: Option<CommandKey>,
         body_hash: u128,
     ) -> Result<Submitted, SubmitError> {
-        let shared = self.shared();
-        let _taken = shared.requests.token();
-        submit::submit(&shared, op, key, body_hash).await
+        self.take().submit(op, key, body_hash).await
     }
 
-    /// A view of the state that is as fresh as `consistency` asks for.
+    /// A view of the state that is as fresh as `consistency` asks for, within the deadline of requests.
     pub async fn read(&self, consistency: Consistency) -> Result<StoreView, ReadError> {
-        let shared = self.shared();
-        let _taken = shared.requests.token();
-        read::read(&shared, consistency).await
+        let deadline = Instant::now() + Duration::from_millis(self.process.config.cluster.request_deadline_ms);
+        loop {
+            let taken = self.take();
+            match taken.read(consistency, deadline).await {
+                // The next incarnation may well have it.
+                Err(_) if taken.is_replaced() && Instant::now() < deadline => {}
+                answered => return answered,
+            }
+        }
     }
 
     /// This node's health.
@@ -171,21 +181,6 @@ impl Node {
     /// Whether its disk has failed or hangs: it answers through others then.
     pub fn has_failed(&self) -> bool {
         self.shared().silenced().is_some()
-    }
-
-    /// Returns once that is so, with the reason.
-    pub async fn wait_silent(&self) -> String {
-        let shared = self.shared();
-        if let Some(why) = shared.silenced() {
-            return why;
-        }
-        shared.disk.silences().await;
-        shared.silenced().unwrap_or_default()
-    }
-
-    /// `host:port` of the HTTP listeners of the other members, the leader's first.
-    pub fn other_http_addrs(&self) -> Vec<String> {
-        status::other_http_addrs(&self.shared())
     }
 
     /// Entries committed by the leader and not applied here; `None` without recent contact.
@@ -375,6 +370,11 @@ impl Node {
     /// Where the progress of a rebuild is read.
     pub fn jobs(&self) -> &Desk {
         &self.process.desk
+    }
+
+    /// Returns once the node has moved to its spare folder: it has to be started anew, with the same configuration.
+    pub async fn wait_moved(&self) {
+        self.process.moved.cancelled().await;
     }
 
     /// Returns once the node has found out that it cannot serve or go on, with the reason: for

@@ -12,7 +12,10 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{Ordering, fence},
+    },
     time::Duration,
 };
 
@@ -84,6 +87,8 @@ pub struct Process {
     pub members: Arc<MembersDesk>,
     /// Checkpoints offered to nodes that rebuild.
     pub offers: Arc<Offers>,
+    /// Cancelled when the node has taken its spare folder into use: it goes on in a process, or a `Node`, that starts.
+    pub moved: CancellationToken,
     /// Tasks of the process, and why the node cannot go on at all, once that is so.
     pub vital: Vital,
     current: ArcSwapOption<Shared>,
@@ -93,6 +98,7 @@ pub struct Process {
 impl Process {
     /// Takes the folder, binds the peer port and starts the first incarnation.
     pub async fn start(config: Arc<Config>, metrics: Arc<Metrics>, ground: Ground) -> Result<Arc<Process>, StartError> {
+        let config = start::blocking(move || rebuild::spare::in_use(config)).await??;
         let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
         let boots = SeenBoots::open(&config.node.data_dir, Arc::clone(&ground.io_times))?;
         let journal = Journal::load(&config.node.data_dir)?;
@@ -118,6 +124,7 @@ impl Process {
             desk: Arc::default(),
             members: Arc::default(),
             offers: Arc::default(),
+            moved: CancellationToken::new(),
             vital: Vital::default(),
             current: ArcSwapOption::empty(),
             lock: Mutex::new(Some(lock)),
@@ -226,6 +233,8 @@ impl Process {
     pub async fn start_next(self: &Arc<Self>) -> Result<Arc<Shared>, StartError> {
         let next = start::incarnate(self, |_| {}).await?;
         let before = self.current.swap(Some(Arc::clone(&next)));
+        // Before the requests of the one before are counted: see `Node::take`.
+        fence(Ordering::SeqCst);
         if let Some(before) = before {
             self.vital.spawn("the end of the incarnation before", end_incarnation(before));
         }

@@ -92,13 +92,20 @@ impl StateRead for ViewRead {
     }
 }
 
-/// A view that satisfies `consistency`.
-pub async fn read(shared: &Shared, consistency: Consistency) -> Result<StoreView, ReadError> {
+/// A view that satisfies `consistency`, by `deadline`.
+pub async fn read(shared: &Shared, consistency: Consistency, deadline: Instant) -> Result<StoreView, ReadError> {
     match consistency {
         Consistency::Linearizable | Consistency::Lease => {
-            let deadline = Instant::now() + Duration::from_millis(shared.config.cluster.request_deadline_ms);
-            let index = read_index_until(shared, deadline).await?;
-            wait_applied(shared, index, deadline).await?;
+            let fresh = async {
+                let index = read_index_until(shared, deadline).await?;
+                wait_applied(shared, index, deadline).await
+            };
+            tokio::select! {
+                biased;
+                fresh = fresh => fresh?,
+                // It will not get there any more, or nobody knows when.
+                () = shared.silences() => return Err(gone(shared)),
+            }
         }
         Consistency::Stale { max_staleness_ms: Some(max_staleness_ms) } => {
             let staleness_ms = staleness_ms(shared).ok_or_else(|| {
@@ -196,25 +203,22 @@ pub async fn remote_round(shared: Arc<Shared>) -> RoundResult {
     }
 }
 
+/// Nothing more is applied by this incarnation.
+fn gone(shared: &Shared) -> ReadError {
+    unavailable(match shared.silenced() {
+        Some(why) => format!("this node answers nothing by itself ({why})"),
+        None => "this node is stopping".into(),
+    })
+}
+
 /// Waits until this node has published everything up to `index`.
 pub async fn wait_applied(shared: &Shared, index: u64, deadline: Instant) -> Result<(), ReadError> {
     let core: &Core = shared.core.get().ok_or_else(|| unavailable("this node is still starting"))?;
     let mut published = core.state.published();
-    let reached = async {
-        tokio::select! {
-            biased;
-            ended = published.wait_for(|state| state.applied_log_index >= Some(index)) => ended.map(|_| ()).ok(),
-            // It will not get there any more, or nobody knows when.
-            () = shared.disk.silences() => None,
-        }
-    };
-    let reached = tokio::time::timeout_at(deadline, reached).await.map(|ended| ended.is_some());
-    match reached {
+    let reached = published.wait_for(|state| state.applied_log_index >= Some(index));
+    match tokio::time::timeout_at(deadline, reached).await.map(|ended| ended.is_ok()) {
         Ok(true) => Ok(()),
-        Ok(false) => Err(unavailable(match shared.silenced() {
-            Some(why) => format!("the disk of this node does not work ({why})"),
-            None => "this node is stopping".into(),
-        })),
+        Ok(false) => Err(gone(shared)),
         Err(_) => Err(unavailable(format!(
             "this node has applied log index {:?}, and the read must see {index}",
             core.published().applied_log_index

@@ -10,7 +10,10 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
-use openraft::ReadPolicy;
+use openraft::{
+    ReadPolicy,
+    errors::{LinearizableReadError, RaftError},
+};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -100,6 +103,9 @@ pub async fn leader_round(raft: RaftNode, silenced: impl Fn() -> Option<String>)
     match (raft.get_read_linearizer(ReadPolicy::ReadIndex).await, silenced()) {
         (Ok(linearizer), None) => Ok(linearizer.read_log_id().index()),
         (Ok(_), Some(why)) => Err(why),
+        (Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(few))), _) => {
+            Err(format!("too few voters confirm that this node still leads ({}, itself among them)", few.got.len()))
+        }
         (Err(error), _) => Err(error.to_string()),
     }
 }

@@ -473,6 +473,10 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     let network = Network::new(shared.peers.clone(), state.clone());
     let raft = Raft::new(own_id, settings, network, log, machine).await.map_err(|e| StartError::Raft(e.to_string()))?;
 
+    // Until Raft or the others say more, these are the members.
+    let membership = state.engine().applied().membership.clone();
+    let is_outsider = membership.nodes().next().is_some() && membership.get_node(&own_id).is_none();
+    shared.view.send_modify(|view| view.membership = Arc::new(membership));
     let (leader_raft, leading, asking) = (raft.clone(), Arc::clone(&shared), Arc::clone(&shared));
     let (vital, stop) = (&shared.vital, &shared.core_stop);
     let core = Core {
@@ -495,7 +499,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
         return Err(StartError::Raft("it was started twice".into()));
     }
     let vital = &shared.vital;
-    vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared)));
+    vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared), is_outsider));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that changes the members", super::members::lead::run(Arc::clone(&shared)));

@@ -315,8 +315,11 @@ pub fn other_http_addrs(shared: &Shared) -> Vec<String> {
     let view = shared.view.borrow();
     let own_id = shared.local.load().node_id;
     let leader_id = view.leader.as_ref().map(|l| l.id);
+    // By name too: a node that was rebuilt may find itself there under its old id.
+    let is_other = |id: u64, member: &Member| id != own_id && member.name != shared.name();
+    let members = view.membership.nodes();
     let mut others: Vec<_> =
-        view.membership.nodes().filter(|(id, member)| **id != own_id && !member.http_addr.is_empty()).collect();
+        members.filter(|(id, member)| is_other(**id, member) && !member.http_addr.is_empty()).collect();
     others.sort_by_key(|(id, _)| Some(**id) != leader_id);
     others.into_iter().map(|(_, member)| member.http_addr.clone()).collect()
 }

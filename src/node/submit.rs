@@ -14,7 +14,7 @@ use super::{
     submit_rules::{AttemptEnd, Event, Life, Step, Verdict},
 };
 use crate::{
-    clock,
+    clock, fail_points,
     state::command::{Command, CommandKey, CommandOutcome, KeySource, Operation},
 };
 
@@ -124,6 +124,7 @@ pub async fn submit(
                 drop(place);
                 return match verdict {
                     Verdict::Outcome(outcome, _) => {
+                        fail_points::committed_and_unanswered();
                         let served_by = asked.map(|leader| leader.name).unwrap_or_default();
                         Ok(Submitted { outcome, served_by })
                     }

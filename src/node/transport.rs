@@ -239,6 +239,10 @@ impl RaftNetworkV2<TypeConfig> for Link {
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let peer = self.peer(Lane::Bulk);
         let checkpoint = snapshot.snapshot.clone();
+        if self.state.is_put_away(&checkpoint) {
+            let why = "the checkpoint is damaged, and there cannot be another one before the tree is mended";
+            return Err(StreamingError::Unreachable(Unreachable::from_string(why)));
+        }
         let failed = tokio::select! {
             closed = cancel => return Err(StreamingError::Closed(closed)),
             sent = checkpoint_send::send(&peer, vote, snapshot) => match sent {

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A core whose disk hangs goes on naming itself the leader, so its word does not count before it knows the newest term
-//! that the others have named.
+//! that the others have named. Nor does that of a core which is no member yet, before its leader has spoken to it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,16 +37,22 @@ enum Left {
     CoreEnded,
 }
 
-/// Runs until the incarnation stops.
-pub async fn watch_cluster(shared: Arc<Shared>) {
+/// Runs until the incarnation stops. `is_outsider`: the membership that the state began with lacks this node.
+pub async fn watch_cluster(shared: Arc<Shared>, is_outsider: bool) {
     let Some(core) = shared.core.get() else { return };
+    if is_outsider {
+        proxy::follow_others(&shared, |_| knows_more(&shared, core)).await;
+    }
     loop {
         match follow_raft(&shared, core).await {
             Left::Stopping => return,
-            Left::Silenced => {
-                let (state, why) = (shared.disk.state().word(), shared.silenced().unwrap_or_default());
-                tracing::error!(state, "the disk does not work, nothing is acknowledged from now on: {why}");
-            }
+            Left::Silenced => match (shared.retired.get(), shared.silenced().unwrap_or_default()) {
+                (Some(why), _) => tracing::info!("this node answers through the others: {why}"),
+                (None, why) => {
+                    let state = shared.disk.state().word();
+                    tracing::error!(state, "the disk does not work, nothing is acknowledged from now on: {why}");
+                }
+            },
             Left::CoreEnded => {
                 if !explain_end(&shared, core) {
                     return;
@@ -187,6 +193,12 @@ fn counts_again(shared: &Shared, core: &Core, term_newest: u64) -> bool {
     }
     let metrics = core.raft_metrics();
     metrics.running_state.is_ok() && metrics.vote.leader_id.term >= term_newest
+}
+
+/// Whether the core of a node that began as no member has heard from a leader, or never will.
+fn knows_more(shared: &Shared, core: &Core) -> bool {
+    let metrics = core.raft_metrics();
+    shared.silenced().is_some() || metrics.running_state.is_err() || metrics.current_leader.is_some()
 }
 
 fn view_of(shared: &Shared, metrics: &RaftServerMetrics<TypeConfig>) -> ClusterView {

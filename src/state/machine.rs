@@ -182,6 +182,11 @@ impl StateHandle {
         self.shared.shelf.newest()
     }
 
+    /// Whether a checkpoint was put away for its damage: nobody can be sent that one.
+    pub fn is_put_away(&self, checkpoint: &Checkpoint) -> bool {
+        self.shared.shelf.is_lost(checkpoint.dir())
+    }
+
     /// Blocking. Takes the view away and stops the engine's threads, so that the folder can be
     /// opened again once the last view is gone.
     pub fn close_blocking(&self) {
@@ -330,6 +335,24 @@ impl<A: EntryApplier> StateMachine<A> {
         Ok(true)
     }
 
+    /// Raft has purged its log up to a checkpoint, which is gone, and ends for good when it gets none. So another one is
+    /// made; where that cannot be, it gets the one that is gone, which nobody can send: that is tried again later.
+    async fn instead_of_lost(&mut self) -> Result<Option<SnapshotOf<TypeConfig, Checkpoint>>, io::Error> {
+        let Some(lost) = self.shared.shelf.lost() else { return Ok(None) };
+        // A tree with damage would hand it on.
+        if self.shared.options.lsm.damage.known().is_some() {
+            return Ok(Some(to_snapshot(lost)));
+        }
+        let mut builder = self.get_snapshot_builder().await;
+        match builder.build_snapshot().await {
+            Err(error) if self.engine.failed().is_none() => {
+                tracing::warn!(%error, "no checkpoint could be made in the place of a damaged one yet");
+                Ok(Some(to_snapshot(lost)))
+            }
+            built => built.map(Some),
+        }
+    }
+
     /// Whether an optional snapshot is better left for later.
     fn defers_snapshot(&self) -> bool {
         match self.engine.stats() {
@@ -452,7 +475,10 @@ impl<A: EntryApplier> RaftStateMachine<TypeConfig> for StateMachine<A> {
     async fn get_current_snapshot(&mut self) -> Result<Option<SnapshotOf<TypeConfig, Checkpoint>>, io::Error> {
         let shared = Arc::clone(&self.shared);
         let newest = blocking("checkpoint", move || Ok(shared.shelf.newest_checked())).await?;
-        Ok(newest.map(to_snapshot))
+        match newest {
+            Some(newest) => Ok(Some(to_snapshot(newest))),
+            None => self.instead_of_lost().await,
+        }
     }
 }
 

@@ -124,8 +124,8 @@ impl Cluster {
         let Some(up) = self.nodes[i].take() else { return };
         up.stop.cancel();
         up.node.shutdown().await;
-        up.http.abort();
-        let _aborted = up.http.await;
+        // A request that is still being answered holds the state, and its folder cannot be opened again before.
+        tokio::time::timeout(crate::rig::HANG, up.http).await.expect("the last request to end").unwrap();
     }
 
     pub fn node(&self, i: usize) -> &Arc<Node> {

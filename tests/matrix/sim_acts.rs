@@ -1,5 +1,6 @@
 //! What is done to the cells on simulated disks, and what is looked at.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -114,8 +115,14 @@ async fn act_out(
             begin(cluster, i).await?;
             let node = Arc::clone(cluster.node(i));
             let waits = || node.health().repairing.is_some_and(|why| why.contains("waiting for"));
-            until("it is whole, or says for whom it waits", async || waits() || node.is_ready().is_ok()).await;
-            let waited = waits();
+            // The word that ended the wait counts: the next moment it may be another one.
+            let waited = Cell::new(false);
+            until("it is whole, or says for whom it waits", async || {
+                waited.set(waits());
+                waited.get() || node.is_ready().is_ok()
+            })
+            .await;
+            let waited = waited.get();
             running.load.set_up(i, true);
             if !waited {
                 // Two of three: it counts.
@@ -253,11 +260,9 @@ fn inflict(cluster: &Cluster, i: usize, harm: Harm, rng: &mut StdRng) {
                 let _there = std::fs::remove_file(cluster.folder(i).join(name));
             }
         }
-        Harm::TableBlock => {
-            let tables = tree(&cluster.folder(i).join("kv")).join("tables");
-            let table = largest_file(&tables);
-            overwrite_middle(&table, &noise);
-        }
+        Harm::TableBlock => overwrite_middle(&largest_table(&cluster.folder(i)), &noise),
+        // Its other name, in the checkpoint, stays.
+        Harm::TableMissing => std::fs::remove_file(largest_table(&cluster.folder(i))).unwrap(),
         Harm::CheckpointBlock => {
             let checkpoint = newest_checkpoint(&cluster.folder(i)).unwrap();
             overwrite_middle(&checkpoint.dir().join(MANIFEST), &noise);
@@ -272,8 +277,8 @@ fn tree(kv: &Path) -> std::path::PathBuf {
     kv.join(format!("g{number}"))
 }
 
-fn largest_file(dir: &Path) -> std::path::PathBuf {
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+fn largest_table(folder: &Path) -> std::path::PathBuf {
+    let files = std::fs::read_dir(tree(&folder.join("kv")).join("tables")).unwrap().map(|entry| entry.unwrap().path());
     files.max_by_key(|path| path.metadata().unwrap().len()).expect("a table")
 }
 

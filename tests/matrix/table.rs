@@ -64,13 +64,14 @@ pub enum Harm {
     BothHardStates,
     IdentityMissing,
     TableBlock,
+    TableMissing,
     CheckpointBlock,
 }
 
 impl Harm {
     /// Whether it falls on files that only a node has that has flushed.
     pub fn needs_tables(self) -> bool {
-        matches!(self, Self::TableBlock | Self::CheckpointBlock)
+        matches!(self, Self::TableBlock | Self::TableMissing | Self::CheckpointBlock)
     }
 }
 
@@ -124,7 +125,8 @@ const REBUILT: &str = "repaired or rebuilt from a replica, with everything";
 const FULL: &str = "another leads, reads and deletes go on, clears itself";
 const ENDS: &str = "the whole process ends, with the reason";
 
-pub const TABLE: &[Row] = &[
+/// One place in memory: cells are told apart by it.
+pub static TABLE: &[Row] = &[
     row("1", "fsync fails once", "log, append", PROXY, Simulated, SyncFails(SyncFault::PagesMarkedClean)),
     row("1", "fsync fails once", "log, roll", PROXY, Simulated, RollFails),
     row("1", "fsync fails once", "vote", PROXY, Simulated, VoteFails),
@@ -149,6 +151,7 @@ pub const TABLE: &[Row] = &[
     row("8", "a segment is missing", "log", REBUILT, Simulated, AtRest(Harm::SegmentMissing)),
     row("8", "a segment is short", "log", REBUILT, Simulated, AtRest(Harm::SegmentShort)),
     row("8", "a segment is long", "log", REPAIRED, Simulated, AtRest(Harm::SegmentLong)),
+    row("8", "a table is missing", "tree, at rest", REBUILT, Simulated, AtRest(Harm::TableMissing)),
     row("8", "a segment cannot be read", "log", REBUILT, Simulated, AtRest(Harm::SegmentUnreadable)),
     row(
         "8",
@@ -188,6 +191,7 @@ pub const TABLE: &[Row] = &[
     row("18", "a thread dies", "writer of the log", "the node says that it cannot go on", Simulated, WriterDies),
     row("18", "a task dies", "apply", ENDS, Processes, TaskDies("task.apply")),
     row("18", "a task dies", "Raft and its heartbeats", ENDS, Processes, TaskDies("task.raft")),
+    row("18", "a task dies", "the one that takes checkpoints", ENDS, Processes, TaskDies("task.upkeep")),
 ];
 
 /// On whom.

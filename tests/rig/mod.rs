@@ -27,7 +27,7 @@ fn why_no_mounts() -> Option<&'static str> {
     (!rustix::process::geteuid().is_root()).then_some("mounting needs root")
 }
 
-fn is_on_path(program: &str) -> bool {
+pub fn is_on_path(program: &str) -> bool {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&folders).chain(sbin).any(|folder| folder.join(program).is_file())

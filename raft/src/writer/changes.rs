@@ -51,12 +51,12 @@ impl Writer {
             index.segments.push_back(SegmentIndex {
                 number: header.number,
                 identity: header.identity,
-                segment_bytes,
+                header,
                 file,
                 first_index,
                 entries: Default::default(),
             });
-            index.segments.iter().map(|s| s.segment_bytes).sum()
+            index.segments.iter().map(|s| s.header.segment_bytes).sum()
         };
         self.shared.set_bytes_on_disk(bytes);
         self.tell_room();
@@ -151,7 +151,7 @@ impl Writer {
             let dir = self.disk.sync_dir_of(&self.options.dir, &name);
             dir.map_err(|e| self.failed_on("unlink", &name, &e))?;
         }
-        let bytes = self.shared.index().segments.iter().map(|s| s.segment_bytes).sum();
+        let bytes = self.shared.index().segments.iter().map(|s| s.header.segment_bytes).sum();
         self.shared.set_bytes_on_disk(bytes);
         Ok(())
     }

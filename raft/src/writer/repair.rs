@@ -67,18 +67,16 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes both copies of a segment's header again, from the one that is intact.
+    /// Writes both copies of a segment's header again. They lie beside each other, and one accident may take both; what
+    /// they said is in memory since the segment was opened.
     pub(super) fn repair_header(&mut self, number: u64) -> Result<(), RepairError> {
         self.check()?;
         let found = {
             let index = self.shared.index();
-            index.segments.iter().find(|s| s.number == number).map(|s| (Arc::clone(&s.file), s.name()))
+            index.segments.iter().find(|s| s.number == number).map(|s| (Arc::clone(&s.file), s.name(), s.header))
         };
-        let Some((file, name)) = found else {
+        let Some((file, name, header)) = found else {
             return Err(RepairError::Gone(number));
-        };
-        let Some(header) = intact_header(&*file) else {
-            return Err(RepairError::HeaderLost(number));
         };
         let bytes = header.encode();
         self.write_again(&file, &name, &HEADER_OFFSETS.map(|at| (at, &bytes[..])))?;

@@ -14,6 +14,7 @@ use super::{
     messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply, StepRequest},
     probe, pull,
     runner::{Done, Halt, PAUSE_MIN, Runner, again, blocking, is_open, need},
+    spare,
     swap::Swap,
     throttle::Throttle,
 };
@@ -27,28 +28,53 @@ use crate::{
 const RENEW_INTERVAL: Duration = Duration::from_secs(600);
 /// A node whose files are good goes back to work when it gets no permit for this long.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(15);
+/// How long the data folder has to fail its probes before the spare one takes its place: a disk that comes back is better
+/// than one that is new to everybody.
+const MOVE_AFTER: Duration = Duration::from_secs(5);
 /// Starts of the new incarnation that may fail before everything is fetched anew.
 const STARTS_MAX: u32 = 3;
 
 impl Runner {
-    pub(super) async fn probe(&mut self) -> Done {
+    pub(super) async fn probe(&mut self, shared: &Arc<Shared>, order: Option<Order>) -> Done {
         let (dir, seed) = (self.data_dir.clone(), clock::unix_ms());
         let tried = blocking(move || probe::probe(&dir, seed)).await;
         match tried {
-            Ok(()) => self.folder_good = true,
-            Err(Halt::Again(why)) => return Err(again(format!("the data folder is not good yet: {why}"))),
+            Ok(()) => (self.folder_good, self.folder_bad_since) = (true, None),
+            Err(Halt::Again(why)) => {
+                let since = *self.folder_bad_since.get_or_insert_with(Instant::now);
+                let spare = spare::wanted(&self.process.config, order.as_ref());
+                return match spare.filter(|_| since.elapsed() >= MOVE_AFTER) {
+                    Some(spare) => self.move_to(spare, shared, order, &why).await,
+                    None => Err(again(format!("the data folder is not good yet: {why}"))),
+                };
+            }
             Err(stopped) => return Err(stopped),
         }
         Ok(())
     }
 
-    pub(super) async fn begin(&mut self, shared: &Arc<Shared>, order: Option<Order>) -> Done {
-        let found = need(shared);
-        (self.healthy_before, self.restarted) = (found.is_none(), false);
+    /// Takes the spare folder into use. The rebuild goes on there once the node is started anew.
+    async fn move_to(&mut self, spare: PathBuf, shared: &Arc<Shared>, order: Option<Order>, why: &str) -> Done {
+        let why = format!("the data folder is not good any more: {why}");
+        // Before the journal, as with one in the data folder: no core runs under the old id from there on.
+        self.process.retire(shared, "this node moves to its spare folder").await;
+        // There are no old files in the spare folder: those in the data folder are given up.
+        let journal = Journal { emptied: true, why: why.clone(), ..self.journal_of(shared, order) };
+        let (dir, seed) = (spare.clone(), clock::unix_ms());
+        blocking(move || spare::take(&dir, seed, &journal)).await?;
+        tracing::warn!(spare_dir = %spare.display(), "{why}; this node goes on in its spare folder");
+        self.process.moved.cancel();
+        self.process.stop.cancelled().await;
+        Ok(())
+    }
+
+    /// A journal of a rebuild that begins now.
+    fn journal_of(&self, shared: &Shared, order: Option<Order>) -> Journal {
         let ordered = order.as_ref().map(|order| order.job);
         let shown = self.desk.current().and_then(|job| uuid::Uuid::parse_str(&job.id).ok()).map(|id| id.as_u128());
         let cluster_id = (**shared.identity.load()).as_ref().map(|id| id.cluster_id).unwrap_or_default();
-        let journal = Journal {
+        let found = need(shared);
+        Journal {
             job: ordered.or(shown).unwrap_or_else(|| uuid::Uuid::now_v7().as_u128()),
             phase: Phase::Asking,
             why: found.map_or_else(|| "an operator has asked for it".to_owned(), |need| need.why().to_owned()),
@@ -60,8 +86,12 @@ impl Runner {
             fresh_id: 0,
             leader: shared.view.borrow().leader.as_ref().map_or(0, |l| l.id),
             members: known_members(&shared.view.borrow().membership),
-        };
-        self.save(journal).await?;
+        }
+    }
+
+    pub(super) async fn begin(&mut self, shared: &Arc<Shared>, order: Option<Order>) -> Done {
+        (self.healthy_before, self.restarted) = (need(shared).is_none(), false);
+        self.save(self.journal_of(shared, order)).await?;
         self.reset();
         self.show("ending the core");
         tracing::warn!(why = self.journal()?.why, "this node begins to rebuild itself");
@@ -202,6 +232,7 @@ impl Runner {
         let peers = Peers::new(local, Limits::default(), self.process.boots.clone());
         let mut throttle = Throttle::new(self.process.config.rebuild.throttle_mb_per_s);
         let mut why = Vec::new();
+        let others = pull::sources(&journal.members, own, leader, None);
         for source in sources {
             // A member that is gone for good would take all the time that an offer may take.
             if let Err(silent) = answers(shared, &source.member.peer_addr).await {
@@ -209,7 +240,8 @@ impl Runner {
                 continue;
             }
             let pulled = {
-                let pulling = pull::pull(&peers, &source, &self.data_dir, &mut throttle, &self.desk.progress);
+                let progress = &self.desk.progress;
+                let pulling = pull::pull(&peers, &source, &others, &self.data_dir, &mut throttle, progress);
                 tokio::select! {
                     pulled = pulling => pulled,
                     () = self.keep_permit(&journal) => continue,
@@ -217,6 +249,7 @@ impl Runner {
             };
             match pulled {
                 Ok(manifest) => {
+                    self.cluster_busy = throttle.was_busy();
                     peers.close();
                     let path = manifest_path(&self.data_dir);
                     blocking(move || crate::state::engine::folder::replace_synced(&path, &manifest)).await?;
@@ -260,6 +293,7 @@ impl Runner {
             wal: start::wal_options(&self.process),
             began_unix_ms: journal.began_unix_ms,
             what: "node",
+            gently: self.cluster_busy,
         };
         let path = manifest_path(&self.data_dir);
         let manifest = blocking(move || std::fs::read(path)).await?;

@@ -8,7 +8,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -23,6 +23,8 @@ use super::{
     desk::Progress,
     messages::{FetchRequest, KnownMember, Offer, OfferRequest, Piece},
     offer::PIECE_BYTES_MAX,
+    part_file::PartFile,
+    strain,
     throttle::Throttle,
 };
 use crate::{
@@ -99,9 +101,11 @@ pub fn sources(members: &[KnownMember], own_name: &str, leader: Option<u64>, fro
 }
 
 /// Fetches everything that is not there yet. Returns the manifest; its files are complete, compared and synced then.
+/// `others`: those who shall not suffer.
 pub async fn pull(
     peers: &Peers,
     source: &KnownMember,
+    others: &[KnownMember],
     data_dir: &Path,
     throttle: &mut Throttle,
     progress: &Progress,
@@ -109,6 +113,9 @@ pub async fn pull(
     let from = source.member.name.clone();
     let sender = |why: String| PullError::Sender { from: from.clone(), why };
     let peer = peers.to(source.id, &source.member.peer_addr, Lane::Bulk);
+    // Before the offer, for which its maker writes a memtable.
+    let strain = strain::begin(peers, others, throttle.rate_max()).await;
+    let pace = throttle.shared_pace();
     let body = pack(&OfferRequest { fresh: true }).map_err(|e| sender(e.to_string()))?;
     let answer = peer.call(Kind::CheckpointOffer.number(), body, OFFER_REPLY_MAX).await;
     let answer = answer.map_err(|e| sender(e.to_string()))?;
@@ -129,7 +136,10 @@ pub async fn pull(
         progress.have(*at);
     }
     let writing = tokio::task::spawn_blocking(move || write_files(&dir, todo, inbox));
-    let fetched = fetch(&peer, offer.session, wanted, pieces, throttle, progress).await;
+    let fetched = tokio::select! {
+        fetched = fetch(&peer, offer.session, wanted, pieces, throttle, progress) => fetched,
+        never = strain::keep(strain, peers, others, &pace) => match never {},
+    };
     let written = writing.await.map_err(|e| sender(format!("the writing task died: {e}")))?;
     // What the disk says comes first: it is why the pieces were not taken.
     written.map_err(|error| match error {
@@ -245,10 +255,7 @@ fn begun(part: &Path, bytes: u64) -> io::Result<(u64, Box<Xxh3>)> {
 fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -> Result<(), PullError> {
     for Todo { file, from, mut hasher } in todo {
         let path = part(dir, &file);
-        let mut out =
-            File::options().create(true).truncate(false).write(true).open(&path).map_err(local("create", &path))?;
-        out.set_len(from).map_err(local("cut", &path))?;
-        out.seek(SeekFrom::Start(from)).map_err(local("read", &path))?;
+        let mut out = PartFile::open(&path, from).map_err(local("open", &path))?;
         let mut at = from;
         while at < file.bytes {
             let Some(piece) = pieces.blocking_recv() else {
@@ -260,7 +267,7 @@ fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -
                 let why = format!("{} bytes of {:?} at {at} instead of {expected}", piece.len(), file.name);
                 return Err(PullError::Sender { from: String::new(), why });
             }
-            out.write_all(&piece).map_err(|error| discard(&path, "write", error))?;
+            out.add(&path, &piece).map_err(|error| discard(&path, "write", error))?;
             hasher.update(&piece);
             at += expected;
         }
@@ -270,8 +277,7 @@ fn write_files(dir: &Path, todo: Vec<Todo>, mut pieces: mpsc::Receiver<Bytes>) -
             let why = format!("{:?} is not what its hash says; fetching it again", file.name);
             return Err(PullError::Sender { from: String::new(), why });
         }
-        out.sync_all().map_err(|error| discard(&path, "sync", error))?;
-        drop(out);
+        out.finish().map_err(|error| discard(&path, "sync", error))?;
         let done = place(dir, &file);
         fs::rename(&path, &done).map_err(local("rename to", &done))?;
     }

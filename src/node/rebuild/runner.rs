@@ -76,6 +76,8 @@ pub async fn run(process: Arc<Process>, journal: Option<Journal>) {
         journal,
         operator_decides: false,
         folder_good: false,
+        folder_bad_since: None,
+        cluster_busy: true,
         looked_again: false,
         joined: false,
         stale: false,
@@ -102,6 +104,10 @@ pub(super) struct Runner {
     pub(super) journal: Option<Journal>,
     pub(super) operator_decides: bool,
     pub(super) folder_good: bool,
+    /// Since when every probe of the data folder has failed.
+    pub(super) folder_bad_since: Option<Instant>,
+    /// Whether the sender of the last checkpoint had clients to serve.
+    pub(super) cluster_busy: bool,
     pub(super) looked_again: bool,
     pub(super) joined: bool,
     pub(super) stale: bool,
@@ -272,7 +278,7 @@ impl Runner {
             Step::Swap => self.swap().await,
             Step::Start => self.start().await,
             Step::StartOver => self.start_over().await,
-            Step::Probe => self.probe().await,
+            Step::Probe => self.probe(shared, order).await,
             Step::Ask => self.ask(shared, order).await,
             Step::Pull => self.pull(shared, order).await,
             Step::Join => self.join(shared).await,

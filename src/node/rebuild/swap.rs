@@ -76,6 +76,8 @@ pub struct Swap {
     pub began_unix_ms: u64,
     /// The word behind it.
     pub what: &'static str,
+    /// Whether other nodes, which may share this machine or its disks, have clients to serve.
+    pub gently: bool,
 }
 
 fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SwapError {
@@ -168,8 +170,7 @@ impl Swap {
             self.disk.remove(&path).map_err(at("remove", &path))?;
         }
         self.disk.sync_dir(dir).map_err(at("sync", dir))?;
-        // The other nodes may share this machine or its disks, and nobody waits for this one.
-        let options = WalOptions { makes_room_gently: true, ..self.wal.clone() };
+        let options = WalOptions { makes_room_gently: self.gently, ..self.wal.clone() };
         let (log, _) = WalStore::open(Arc::clone(&self.disk), options).map_err(|e| SwapError::Log(e.to_string()))?;
         Ok(log)
     }

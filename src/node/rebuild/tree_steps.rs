@@ -188,8 +188,9 @@ impl Runner {
         }
         let mut throttle = Throttle::new(self.process.config.rebuild.throttle_mb_per_s);
         let mut why = Vec::new();
-        for source in sources {
-            let pulled = pull::pull(&shared.peers, &source, &self.data_dir, &mut throttle, &self.desk.progress).await;
+        for source in &sources {
+            let (peers, progress) = (&shared.peers, &self.desk.progress);
+            let pulled = pull::pull(peers, source, &sources, &self.data_dir, &mut throttle, progress).await;
             match pulled {
                 Ok(manifest) => {
                     tracing::info!(from = source.member.name, "a checkpoint was fetched for the tree");

@@ -22,6 +22,8 @@ pub(super) struct Shelf {
 
 struct Inner {
     newest: Option<Checkpoint>,
+    /// The one that was the newest when it was put away for its damage, until there is another one.
+    lost: Option<Checkpoint>,
     number_next: u64,
 }
 
@@ -65,7 +67,7 @@ impl Shelf {
                 }
             }
         }
-        Ok(Shelf { dir, inner: Mutex::new(Inner { newest, number_next }) })
+        Ok(Shelf { dir, inner: Mutex::new(Inner { newest, lost: None, number_next }) })
     }
 
     /// Blocking. What is in the folder beside the newest checkpoint, and what is in that and not of it.
@@ -159,9 +161,21 @@ impl Shelf {
         let mut inner = lock(&self.inner);
         let is_newest = inner.newest.as_ref().is_some_and(|newest| newest.dir() == dir);
         if is_newest {
-            inner.newest = None;
+            inner.lost = inner.newest.take();
         }
         is_newest
+    }
+
+    /// What Raft takes for its snapshot and is of no use any more: the one that was put away, or one that does not read
+    /// as it did. `None`: there has been none since the shelf was opened.
+    pub(super) fn lost(&self) -> Option<Checkpoint> {
+        let inner = lock(&self.inner);
+        inner.lost.clone().or_else(|| inner.newest.clone())
+    }
+
+    /// Whether the checkpoint in `dir` was put away.
+    pub(super) fn is_lost(&self, dir: &Path) -> bool {
+        lock(&self.inner).lost.as_ref().is_some_and(|lost| lost.dir() == dir)
     }
 
     fn next_dir(&self, applied: &AppliedState) -> PathBuf {
@@ -180,6 +194,7 @@ impl Shelf {
             checkpoint.supersede();
             return checkpoint;
         }
+        inner.lost = None;
         if let Some(old) = inner.newest.replace(checkpoint.clone()) {
             old.supersede();
         }

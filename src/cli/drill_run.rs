@@ -1,0 +1,409 @@
+//! One drill of one kind: the cluster, the load, the rounds, the judge, and the report in all its forms.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::value::RawValue;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::balancer::Balancer;
+use super::dev::StopSignals;
+use super::drill::{DrillArgs, DrillKind};
+use super::drill_disk::{self, Disks};
+use super::drill_drain::{self, Names};
+use super::drill_load::{self, Load};
+use super::drill_open::{self, Offered};
+use super::drill_partition::{self, Relays};
+use super::drill_report::{DrillReport, RoundReport, median_and_worst_ms, text};
+use super::drill_watch::{Down, survivor_errors};
+use super::http_client::Endpoint;
+use super::local_cluster::{LocalCluster, NODES_MAX, NodePlan, free_port, plan};
+use super::{CliError, drill_html, drill_kill, output};
+use crate::judge::{self, FindingKind, History, WriteOutcome, summarize_gaps};
+
+/// How long all nodes may take to become ready, at the start and after each restart.
+pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Load before the fault and after the first answer of the new leader: the fault must meet a busy cluster.
+pub const STEADY: Duration = Duration::from_millis(1000);
+
+/// How long the most that the cluster takes is measured, for `--rate-fraction`.
+const MEASURED: Duration = Duration::from_secs(4);
+
+/// Writes sent once more at the end, beside those that were retried during the drill.
+const REPEATED_SAMPLE: usize = 500;
+
+/// Most of the retried ones sent once more: client keys are kept for 15 minutes, so only late ones count.
+const REPEATED_MAX: usize = 5000;
+
+/// Client keys are replicated state for 15 minutes; this stays clear of that.
+const KEY_LIFE_US: u64 = 10 * 60 * 1_000_000;
+
+/// What a drill came to.
+pub struct Done {
+    /// Whether nothing was found.
+    pub passed: bool,
+    /// The report for programs.
+    pub json: Box<RawValue>,
+    /// The report for people.
+    pub text: String,
+    /// Its part of a page, see `drill_html`.
+    pub html: String,
+}
+
+/// What a drill may use.
+struct Ground<'a> {
+    /// The throw-away cluster; `None`: an existing one.
+    cluster: Option<&'a mut LocalCluster>,
+    disks: Option<&'a Disks>,
+    relays: Option<&'a Relays>,
+    endpoints: Vec<Endpoint>,
+    /// The balancer that clients use, and what it is called.
+    balancer: Option<(Endpoint, String)>,
+}
+
+/// Runs one kind. An error means that it could not be carried out, not that it found anything.
+pub async fn run(args: &DrillArgs, stop: &mut StopSignals) -> Result<Done, CliError> {
+    if let Some(existing) = args.existing()? {
+        let balancer = existing.through.map(|endpoint| (endpoint.clone(), endpoint.authority().to_owned()));
+        let ground = Ground { cluster: None, disks: None, relays: None, endpoints: existing.nodes, balancer };
+        return tokio::select! {
+            done = drill(args, ground) => done,
+            () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),
+        };
+    }
+    let program = match args.kind.breaks_disks() {
+        true => Some(super::faulty_disk::find_program(args.faulty_disk.as_deref())?),
+        false => None,
+    };
+    let balancer = args.behind.kind().map(|kind| Ok((kind, kind.find(args.balancer.as_deref())?))).transpose()?;
+    let folder = Folder::new(args.data.clone())?;
+    let port = free_port(3)?;
+    let mut nodes = plan(&folder.path, 3, port)?;
+    let disks = match program {
+        Some(program) => Some(Disks::start(program, &folder.path, &mut nodes, args.disk_mb).await?),
+        None => None,
+    };
+    let mut cluster = LocalCluster::prepare(nodes)?;
+    // A drill is many days of bad luck in one hour; elsewhere an operator looks at a disk that fails three times a day.
+    cluster.set_env("STEMEDB_REBUILD_AUTOMATIC_PER_DAY", "1000");
+    if balancer.is_some() {
+        // The default; a cluster for trying things has nobody who must notice.
+        cluster.set_env("STEMEDB_CLUSTER_DRAIN_NOTICE_MS", "2000");
+    }
+    let relays = match args.kind {
+        DrillKind::Partition => Some(Relays::start(&mut cluster).await?),
+        _ => None,
+    };
+    let outcome = tokio::select! {
+        outcome = on_local(args, &mut cluster, disks.as_ref(), relays.as_ref(), balancer, (&folder, port)) => outcome,
+        () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),
+    };
+    if let Some(disks) = &disks {
+        disks.heal();
+    }
+    let stopped = cluster.stop_all().await;
+    // Waits until nothing is mounted any more.
+    drop((disks, relays));
+    folder.finish(outcome.as_ref().is_ok_and(|done| done.passed));
+    let done = outcome?;
+    for name in stopped? {
+        output::notice(&format!("{name} did not stop in time and was killed"));
+    }
+    Ok(done)
+}
+
+/// Starts the nodes and the balancer, drills, and ends the balancer.
+async fn on_local(
+    args: &DrillArgs,
+    cluster: &mut LocalCluster,
+    disks: Option<&Disks>,
+    relays: Option<&Relays>,
+    balancer: Option<(super::balancer::Kind, PathBuf)>,
+    (folder, port): (&Folder, u16),
+) -> Result<Done, CliError> {
+    cluster.start_all()?;
+    cluster.wait_ready(READY_TIMEOUT).await?;
+    let endpoints = cluster.plan().iter().map(NodePlan::endpoint).collect::<Result<Vec<_>, _>>()?;
+    let running = match balancer {
+        Some((kind, program)) => {
+            // The last of the ports of this block that nodes could have; three do not.
+            let listen = port + NODES_MAX as u16 - 1;
+            let nodes = [port, port + 1, port + 2];
+            Some(Balancer::start(kind, &program, &folder.path.join("balancer"), listen, nodes).await?)
+        }
+        None => None,
+    };
+    let balancer = running.as_ref().map(|each| (each.endpoint().clone(), each.kind().name().to_owned()));
+    let done = drill(args, Ground { cluster: Some(cluster), disks, relays, endpoints, balancer }).await;
+    if let Some(running) = running {
+        running.stop().await?;
+    }
+    done
+}
+
+/// Where the nodes' data lies.
+struct Folder {
+    path: PathBuf,
+    made_here: bool,
+}
+
+impl Folder {
+    fn new(wanted: Option<PathBuf>) -> Result<Self, CliError> {
+        let fail = |path: &PathBuf, error: std::io::Error| CliError::Local(format!("{}: {error}", path.display()));
+        let Some(path) = wanted else {
+            let name = format!("stemedb-drill-{:016x}", rand::random::<u64>());
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir(&path).map_err(|error| fail(&path, error))?;
+            return Ok(Self { path, made_here: true });
+        };
+        let path = std::path::absolute(&path).map_err(|error| fail(&path, error))?;
+        std::fs::create_dir_all(&path).map_err(|error| fail(&path, error))?;
+        let mut entries = std::fs::read_dir(&path).map_err(|error| fail(&path, error))?;
+        if entries.next().is_some() {
+            let text = format!("{} is not empty; a drill needs a folder of its own", path.display());
+            return Err(CliError::Usage(text));
+        }
+        Ok(Self { path, made_here: false })
+    }
+
+    /// Removes a temporary folder after a success; everything else stays for whoever wants to look.
+    fn finish(&self, passed: bool) {
+        if !(self.made_here && passed) {
+            output::notice(&format!("data and logs are in {}", self.path.display()));
+        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            output::notice(&format!("cannot remove {}: {error}", self.path.display()));
+        }
+    }
+}
+
+/// All rounds and the judge.
+async fn drill(args: &DrillArgs, mut ground: Ground<'_>) -> Result<Done, CliError> {
+    let balancer = ground.balancer.as_ref().map(|(endpoint, _)| endpoint.clone());
+    let new_load = || Load::through(balancer.clone(), ground.endpoints.clone(), args.value, rand::random());
+    let measured_per_s = match args.rate_fraction {
+        Some(_) => Some(measure(args, new_load()).await?),
+        None => None,
+    };
+    let load = new_load();
+    let names = match &ground.cluster {
+        Some(cluster) => Names::of_plan(cluster.plan()),
+        None => Names::ask(&ground.endpoints).await?,
+    };
+    let rate = args.rate_fraction.zip(measured_per_s).map(|(share, most)| share * most);
+    let clients = Clients::start(args, &load, rate);
+    let mut play = Play { args, load: &load, names: &names, downs: Vec::new() };
+    let under = Under { measured_per_s, behind: ground.balancer.as_ref().map(|(_, name)| name.clone()) };
+    let no_cluster = || CliError::Usage(format!("--kind {} needs a throw-away cluster", args.kind.word()));
+    match args.kind {
+        DrillKind::Drain => {
+            let cluster = &mut ground.cluster;
+            let rounds = play.rounds(async |play, round| play.drain(cluster.as_deref_mut(), round).await).await?;
+            finish(play, rounds, clients, under).await
+        }
+        DrillKind::Failover => {
+            let rounds = play.rounds(async |play, round| Ok(vec![play.failover(round).await?])).await?;
+            finish(play, rounds, clients, under).await
+        }
+        DrillKind::Kill => {
+            let cluster = ground.cluster.ok_or_else(no_cluster)?;
+            let rounds = play
+                .rounds(async |play, round| {
+                    Ok(vec![drill_kill::kill_round(cluster, play.load, round, &mut play.downs).await?])
+                })
+                .await?;
+            finish(play, rounds, clients, under).await
+        }
+        DrillKind::Partition => {
+            let (cluster, relays) = ground.cluster.zip(ground.relays).ok_or_else(no_cluster)?;
+            let rounds = play
+                .rounds(async |play, round| {
+                    Ok(vec![drill_partition::round(cluster, relays, play.load, round, &mut play.downs).await?])
+                })
+                .await?;
+            finish(play, rounds, clients, under).await
+        }
+        DrillKind::Fsync | DrillKind::Stall | DrillKind::All => {
+            let (cluster, disks) = ground.cluster.zip(ground.disks).ok_or_else(no_cluster)?;
+            let how = drill_disk::How { kind: args.kind, wait_for_rebuild: !args.no_rebuild_wait };
+            let rounds = play
+                .rounds(async |play, round| {
+                    Ok(vec![drill_disk::round(cluster, disks, play.load, how, round, &mut play.downs).await?])
+                })
+                .await?;
+            finish(play, rounds, clients, under).await
+        }
+    }
+}
+
+/// A drill while its rounds go on.
+struct Play<'a> {
+    args: &'a DrillArgs,
+    load: &'a Arc<Load>,
+    names: &'a Names,
+    downs: Vec<Down>,
+}
+
+impl Play<'_> {
+    /// Plays every round, and says how each ended.
+    async fn rounds<R: RoundReport>(
+        &mut self,
+        mut play: impl AsyncFnMut(&mut Self, usize) -> Result<Vec<R>, CliError>,
+    ) -> Result<Vec<R>, CliError> {
+        let mut all = Vec::new();
+        let count = self.args.rounds();
+        for round in 1..=count {
+            for done in play(self, round).await? {
+                output::notice(&format!("round {round:>2}/{count}: {}", done.progress()));
+                all.push(done);
+            }
+        }
+        Ok(all)
+    }
+
+    async fn drain(
+        &mut self,
+        cluster: Option<&mut LocalCluster>,
+        round: usize,
+    ) -> Result<Vec<drill_drain::DrainRound>, CliError> {
+        drill_drain::rolling(cluster, self.names, self.load, round, &mut self.downs).await
+    }
+
+    async fn failover(&mut self, round: usize) -> Result<drill_drain::FailoverRound, CliError> {
+        drill_drain::failover(self.names, self.load, round).await
+    }
+}
+
+/// What the report has from before the first round.
+struct Under {
+    measured_per_s: Option<f64>,
+    behind: Option<String>,
+}
+
+/// Whoever makes the load.
+enum Clients {
+    Closed(JoinSet<Result<(), String>>),
+    Open(tokio::task::JoinHandle<Result<Offered, String>>),
+}
+
+impl Clients {
+    /// `rate`: operations per second, whatever they take; `None`: one at a time for each client.
+    fn start(args: &DrillArgs, load: &Arc<Load>, rate: Option<f64>) -> Self {
+        if let Some(rate) = rate {
+            return Self::Open(tokio::spawn(drill_open::offer(Arc::clone(load), rate)));
+        }
+        let mut clients = JoinSet::new();
+        for number in 0..args.clients {
+            clients.spawn(drill_load::client(Arc::clone(load), number));
+        }
+        Self::Closed(clients)
+    }
+
+    async fn stop(self, load: &Load) -> Result<Option<Offered>, CliError> {
+        load.stop();
+        let died = |error| CliError::Local(format!("a client failed: {error}"));
+        match self {
+            Self::Closed(mut clients) => {
+                while let Some(client) = clients.join_next().await {
+                    client.map_err(died)?.map_err(CliError::Local)?;
+                }
+                Ok(None)
+            }
+            Self::Open(offering) => Ok(Some(offering.await.map_err(died)?.map_err(CliError::Local)?)),
+        }
+    }
+}
+
+/// Operations per second that the clients get done, one at a time each, on the cluster as it is now.
+async fn measure(args: &DrillArgs, load: Arc<Load>) -> Result<f64, CliError> {
+    let clients = Clients::start(args, &load, None);
+    sleep(STEADY).await;
+    let (from_us, before) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
+    sleep(MEASURED).await;
+    let (to_us, after) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
+    clients.stop(&load).await?;
+    let per_s = (after - before) as f64 * 1e6 / to_us.saturating_sub(from_us).max(1) as f64;
+    output::notice(&format!("the most that {} clients got done: {per_s:.0} operations/s", args.clients));
+    Ok(per_s)
+}
+
+/// Ends the clients, asks the judge, and makes the report.
+async fn finish<R: RoundReport>(
+    play: Play<'_>,
+    rounds: Vec<R>,
+    clients: Clients,
+    under: Under,
+) -> Result<Done, CliError> {
+    let (args, load) = (play.args, play.load);
+    let offered = clients.stop(load).await?;
+    let under_load = load.recorder.history();
+    let (errors, error_samples) = survivor_errors(&under_load, &play.downs);
+    let acknowledged_us = under_load.acknowledged_us();
+    let gaps = summarize_gaps(&acknowledged_us);
+    // Without keys a repetition would be a write of its own.
+    let repeat = match load.balancer {
+        Some(_) => Vec::new(),
+        None => values_to_repeat(&under_load, load.recorder.now_us()),
+    };
+    let not_replayed = drill_load::repeat_writes(load, &repeat).await.map_err(CliError::Local)?;
+    let mut listings = Vec::new();
+    for node in 0..load.endpoints.len() {
+        listings.push(drill_load::list_node(load, node).await.map_err(CliError::Found)?);
+    }
+    let history = load.recorder.history();
+    let verdict = tokio::task::spawn_blocking(move || judge::check(&history, &listings))
+        .await
+        .map_err(|error| CliError::Local(format!("the judge failed: {error}")))?;
+    let (gap_median_ms, gap_worst_ms) = median_and_worst_ms(&rounds);
+    let rounds_clean = rounds.iter().all(|round| round.problem().is_none());
+    let report = DrillReport {
+        kind: args.kind.word(),
+        passed: verdict.is_clean() && errors == 0 && not_replayed == 0 && rounds_clean,
+        behind: under.behind,
+        requests: (under_load.writes.len() + under_load.reads.len()) as u64,
+        duplicates: verdict.count(FindingKind::Doubled),
+        measured_per_s: under.measured_per_s,
+        offered,
+        clients: usize::try_from(args.clients).unwrap_or(usize::MAX),
+        nodes: load.endpoints.len(),
+        rounds,
+        gap_median_ms,
+        gap_worst_ms,
+        gaps,
+        survivor_errors: errors,
+        not_replayed,
+        repeated: repeat.len() as u64,
+        error_samples,
+        verdict,
+    };
+    let json = serde_json::value::to_raw_value(&report)
+        .map_err(|error| CliError::Local(format!("cannot write the report: {error}")))?;
+    let html = drill_html::section(&report, &acknowledged_us);
+    Ok(Done { passed: report.passed, json, text: text(&report), html })
+}
+
+/// All writes that took more than one attempt, and some of the others, with the node that acknowledged them.
+/// Only recent ones: keys live for 15 minutes.
+fn values_to_repeat(history: &History, now_us: u64) -> Vec<(u64, u16)> {
+    let mut attempts: HashMap<u64, u32> = HashMap::new();
+    for write in &history.writes {
+        *attempts.entry(write.value).or_insert(0) += 1;
+    }
+    let recent = history.writes.iter().rev().filter(|write| {
+        let acknowledged = matches!(write.outcome, WriteOutcome::Acknowledged { .. });
+        acknowledged && write.end_us + KEY_LIFE_US > now_us
+    });
+    let (mut retried, mut plain) = (Vec::new(), Vec::new());
+    for write in recent {
+        let place = if attempts.get(&write.value).is_some_and(|count| *count > 1) { &mut retried } else { &mut plain };
+        place.push((write.value, write.node));
+    }
+    retried.truncate(REPEATED_MAX);
+    let step = (plain.len() / REPEATED_SAMPLE).max(1);
+    retried.extend(plain.into_iter().step_by(step).take(REPEATED_SAMPLE));
+    retried
+}

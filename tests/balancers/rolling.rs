@@ -1,0 +1,55 @@
+//! Every node in turn is drained, stopped, started and put back, while plain clients go on.
+
+use std::time::Duration;
+
+use stemedb::{cli::balancer::Kind, judge::summarize_gaps};
+
+use super::support::{Behind, Clients, HANG};
+
+const CLIENTS: u32 = 16;
+const REQUESTS: u64 = 2_000;
+
+async fn roll(kind: Kind) {
+    let Some(mut behind) = Behind::start(kind).await else { return };
+    let clients = Clients::start(&behind, CLIENTS);
+    clients.have_done(&behind, 200).await;
+    // The leader first, and whoever leads then next: leadership moves each time.
+    let mut waiting = vec![0, 1, 2];
+    let mut transfers = 0;
+    while !waiting.is_empty() {
+        let leader = behind.leader().await;
+        let place = waiting.iter().position(|node| *node == leader).unwrap_or(0);
+        let node = waiting.remove(place);
+        let job = behind.order("drain", node).await;
+        transfers += usize::from(job.to.is_some());
+        behind.processes.stop(node).await.unwrap();
+        behind.processes.start(node).unwrap();
+        behind.processes.wait_ready(HANG).await.unwrap();
+        behind.order("undrain", node).await;
+        clients.have_done(&behind, 100).await;
+    }
+    assert!(transfers >= 2, "leadership moved {transfers} times");
+    while clients.operations() < REQUESTS {
+        clients.have_done(&behind, 1).await;
+    }
+    let history = clients.finish(&behind).await;
+    let gaps = summarize_gaps(&history.acknowledged_us());
+    let longest = Duration::from_micros(gaps.longest_us);
+    println!(
+        "{}: {} writes, {} reads, {transfers} transfers, none failed; longest gap {longest:?}",
+        kind.name(),
+        history.writes.len(),
+        history.reads.len()
+    );
+    behind.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_behind_nginx_costs_no_request() {
+    roll(Kind::Nginx).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_behind_envoy_costs_no_request() {
+    roll(Kind::Envoy).await;
+}

@@ -5,7 +5,11 @@
 //! ever, so it ends its Raft core, notes it in `<data>/removed`, and never starts Raft under that id again. Clients go on
 //! being answered through the others for as long as load balancers need to notice; then everything is refused.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use stemedb_net::ClusterId;
 use tokio::time::Instant;
@@ -15,8 +19,9 @@ use super::{
     standing::{self, Standing, StandingAsk},
 };
 use crate::{
+    clock,
     node::{
-        core::Shared,
+        core::{Role, Shared},
         files::{self, FileError},
         process::Process,
     },
@@ -82,8 +87,15 @@ pub async fn follow(process: Arc<Process>) {
 }
 
 fn is_in_doubt(shared: &Shared, raft_id: u64) -> bool {
-    let view = shared.view.borrow();
-    view.leader.is_none() || view.membership.get_node(&raft_id).is_none()
+    let (leads, unsure) = {
+        let view = shared.view.borrow();
+        (view.role == Role::Leader, view.leader.is_none() || view.membership.get_node(&raft_id).is_none())
+    };
+    // A node that comes back goes on naming the leader of its last term, which sends it nothing.
+    let freshness = *shared.freshness.lock().unwrap_or_else(PoisonError::into_inner);
+    let patience_ms = shared.config.cluster.election_max_ms.saturating_mul(2);
+    let silent = freshness.silence_ms(clock::monotonic_ms()).is_none_or(|ms| ms > patience_ms);
+    unsure || (!leads && silent)
 }
 
 async fn ask(process: &Process, shared: &Shared, cluster_id: ClusterId, raft_id: u64) -> Option<Removed> {

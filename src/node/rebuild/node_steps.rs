@@ -368,7 +368,8 @@ impl Runner {
         // The leader first. Of the others one may be gone for good.
         voters.sort_by_key(|known| known.id != leader);
         for known in &voters {
-            if let Err(silent) = answers(shared, &known.member.peer_addr).await {
+            let is_heard = shared.view.borrow().leader.as_ref().is_some_and(|leader| leader.id == known.id);
+            if !is_heard && let Err(silent) = answers(shared, &known.member.peer_addr).await {
                 why.push(format!("{}: {silent}", known.member.name));
                 continue;
             }

@@ -75,6 +75,8 @@ pub struct HttpSection {
 pub struct ClusterSection {
     /// Every node of the cluster, this one included; empty for a database of one node.
     pub peers: Vec<PeerEntry>,
+    /// As what this node is added to a cluster.
+    pub role: MemberRole,
     /// How many listed nodes must answer "empty" before a cluster is formed. After loading this is
     /// never 0: it is the number of peers, or 1 without peers.
     pub bootstrap_expect: u32,
@@ -209,6 +211,15 @@ pub enum LogLevel {
     Trace,
 }
 
+/// What a node is added to a cluster as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemberRole {
+    /// It votes and may lead.
+    Voter,
+    /// It receives the log and answers, and never votes.
+    Learner,
+}
+
 /// Shape of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -247,6 +258,16 @@ impl Config {
     }
 }
 
+/// Whether a text may be the name of a node.
+pub fn is_node_name(text: &str) -> bool {
+    value::is_name(text)
+}
+
+/// Whether a text is `host:port` with a port above 0.
+pub fn is_address(text: &str) -> bool {
+    value::split_address(text).is_some_and(|(_, port)| port > 0)
+}
+
 impl Default for NodeSection {
     fn default() -> Self {
         NodeSection { name: "node-1".into(), data_dir: "/var/lib/stemedb".into() }
@@ -271,6 +292,7 @@ impl Default for ClusterSection {
     fn default() -> Self {
         ClusterSection {
             peers: Vec::new(),
+            role: MemberRole::Voter,
             bootstrap_expect: 1,
             peer_listen: None,
             heartbeat_ms: 50,

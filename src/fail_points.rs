@@ -28,6 +28,7 @@ pub(crate) fn is_known(point: &str) -> bool {
         flows::fail_point::DRAIN_POINTS,
         flows::fail_point::FAILOVER_POINTS,
         ANSWERS,
+        crate::node::members::lead::POINTS,
     ];
     points().chain(flows.into_iter().flatten().copied()).any(|known| known == point)
 }

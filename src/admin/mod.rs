@@ -3,5 +3,6 @@
 
 pub mod drain;
 pub mod failover;
+pub mod member;
 pub mod rebuild;
 pub mod tree;

@@ -81,7 +81,8 @@ impl<'de> Fields<'de> for FailoverBody {
     }
 }
 
-async fn body_of(api: &Api, request: Request) -> Result<Bytes, Problem> {
+/// The body of an order.
+pub async fn body_of(api: &Api, request: Request) -> Result<Bytes, Problem> {
     let (parts, body) = request.into_parts();
     let (bytes, _charge) = limits::read_body(&api.body_limits, &api.budget, &parts.headers, body).await?;
     Ok(bytes)
@@ -167,25 +168,36 @@ pub async fn failover(
     params.finish()?;
     let bytes = body_of(&api, request).await?;
     let FailoverBody { target } = json::parse_object(&bytes)?;
+    at_leader(&api, &asked, Method::POST, bytes, || failover_here(&api, target.clone(), wait, dry_run)).await
+}
+
+/// Has the leader answer: `here` does, unless this node does not lead. Its error is the name of the node that does.
+pub async fn at_leader<F: Future<Output = Result<Result<Response, Problem>, Option<String>>>>(
+    api: &Api,
+    asked: &Asked,
+    method: Method,
+    bytes: Bytes,
+    here: impl Fn() -> F,
+) -> Result<Response, Problem> {
     let deadline = Instant::now() + LEADER_MAX;
     loop {
-        let refused = match failover_here(&api, target.clone(), wait, dry_run).await {
+        let refused = match here().await {
             Err(refused) => refused,
             Ok(answered) => return answered,
         };
         // Not here. A request that was passed on is not passed on again: the node that did finds the leader.
         if asked.was_passed_on() {
-            return Err(problem(FlowError::NotLeader(refused)));
+            return Err(not_leader(refused));
         }
         if let Some(leader) = &refused {
-            let answer = pass_on(&api, &asked, leader, bytes.clone()).await?;
-            // The only 503 of this route: that one does not lead any more.
+            let answer = super::jobs::pass_on(api, asked, leader, method.clone(), bytes.clone()).await?;
+            // The only 503 of these routes: that one does not lead any more.
             if answer.status() != StatusCode::SERVICE_UNAVAILABLE || Instant::now() >= deadline {
                 return Ok(answer);
             }
         }
         if Instant::now() >= deadline {
-            return Err(problem(FlowError::NotLeader(refused)));
+            return Err(not_leader(refused));
         }
         sleep(LEADER_PAUSE).await;
     }
@@ -214,21 +226,32 @@ async fn failover_here(
 /// The finished job, or where to look for it.
 pub async fn job_answer(api: &Api, id: &str, wait: bool) -> Result<Response, Problem> {
     let ended = match wait {
-        true => timeout(WAIT_MAX, api.node.wait_job(id)).await.ok().flatten(),
+        true => timeout(WAIT_MAX, wait_ended(api, id)).await.ok().flatten(),
         false => None,
     };
-    let job = ended.or_else(|| api.node.job(id)).ok_or_else(|| super::jobs::unknown_job(id))?;
+    let job = match ended.or_else(|| api.node.job(id)) {
+        Some(job) => job,
+        None => api.node.cluster_job(id).await.ok_or_else(|| super::jobs::unknown_job(id))?,
+    };
     match job.state {
         JobState::Finished => Ok(Json(job).into_response()),
         JobState::Failed | JobState::Cancelled => Err(failed(&job)),
         JobState::Running | JobState::Waiting => {
-            let location = HeaderValue::from_str(&format!("/v1/admin/jobs/{id}?node={}", api.node.name()));
+            let node = if job.cluster { String::new() } else { format!("?node={}", api.node.name()) };
+            let location = HeaderValue::from_str(&format!("/v1/admin/jobs/{id}{node}"));
             let mut response = (StatusCode::ACCEPTED, Json(job)).into_response();
             if let Ok(location) = location {
                 response.headers_mut().insert(header::LOCATION, location);
             }
             Ok(response)
         }
+    }
+}
+
+async fn wait_ended(api: &Api, id: &str) -> Option<JobReport> {
+    match api.node.wait_job(id).await {
+        Some(job) => Some(job),
+        None => api.node.wait_cluster_job(id).await,
     }
 }
 
@@ -239,7 +262,7 @@ fn failed(job: &JobReport) -> Problem {
 }
 
 /// An order that was not taken, as a problem that says what to do.
-fn problem(error: FlowError) -> Problem {
+pub fn problem(error: FlowError) -> Problem {
     match error {
         FlowError::Busy(job) => {
             let (id, node) = (&job.id, &job.node);
@@ -279,12 +302,15 @@ fn problem(error: FlowError) -> Problem {
         }
         FlowError::Impossible(why) => Problem::new(Kind::FlowRefused, format!("It is not possible now: {why}.")),
         FlowError::Cancelled => Problem::new(Kind::FlowFailed, "It was cancelled."),
-        FlowError::NotLeader(leader) => {
-            let leader = leader.map_or_else(|| "no leader is known".to_owned(), |leader| format!("{leader} leads"));
-            let detail = format!("The leader has to do this, and {leader}. Nothing was changed; repeat it.");
-            Problem::new(Kind::NotLeader, detail).retry_after(mapping::RETRY_AFTER_S)
-        }
+        FlowError::NotLeader(leader) => not_leader(leader),
     }
+}
+
+/// Only the leader can do it, and this node does not lead.
+pub fn not_leader(leader: Option<String>) -> Problem {
+    let leader = leader.map_or_else(|| "no leader is known".to_owned(), |leader| format!("{leader} leads"));
+    let detail = format!("The leader has to do this, and {leader}. Nothing was changed; repeat it.");
+    Problem::new(Kind::NotLeader, detail).retry_after(mapping::RETRY_AFTER_S)
 }
 
 async fn pass_on(api: &Api, asked: &Asked, node: &str, body: Bytes) -> Result<Response, Problem> {

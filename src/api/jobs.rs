@@ -12,7 +12,7 @@ use serde::de::MapAccess;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::node::{NotCancelled, OrderError};
+use crate::node::{JobState, NotCancelled, NotUndone, OrderError};
 
 use super::{
     Api,
@@ -138,8 +138,8 @@ fn node_of(api: &Api, query: Option<&str>) -> Result<Option<String>, Problem> {
     Ok(node.filter(|node| node != api.node.name()))
 }
 
-/// The jobs of a node, the newest first: what goes on, and what has ended since the process began. Each node knows its
-/// own.
+/// The jobs of a node, the newest first: what goes on, and what has ended since the process began; and the changes of
+/// the members, which every node knows. Each node knows its own of the others.
 #[utoipa::path(get, path = "/v1/admin/jobs", tag = "admin",
     params(("node" = Option<String>, Query, description = "Name of the node; default: the one that is asked")),
     responses((status = 200, description = "The jobs", body = schema::JobsAnswer),
@@ -148,7 +148,10 @@ pub async fn jobs(State(api): State<Arc<Api>>, RawQuery(query): RawQuery, asked:
     if let Some(node) = node_of(&api, query.as_deref())? {
         return pass_on(&api, &asked, &node, Method::GET, Default::default()).await;
     }
-    Ok(Json(json!({"node": api.node.name(), "jobs": api.node.all_jobs()})).into_response())
+    let mut jobs = api.node.all_jobs();
+    jobs.extend(api.node.cluster_jobs().await);
+    jobs.sort_by_key(|job| std::cmp::Reverse(job.began_unix_ms));
+    Ok(Json(json!({"node": api.node.name(), "jobs": jobs})).into_response())
 }
 
 /// How far a job is.
@@ -171,11 +174,58 @@ pub async fn job(
         "current" => api.node.jobs().current().or_else(|| api.node.flows().board.current()),
         id => api.node.job(id),
     };
-    Ok(Json(job.ok_or_else(|| unknown_job(&id))?).into_response())
+    if let Some(job) = job {
+        return Ok(Json(job).into_response());
+    }
+    let known = api.node.cluster_job(&id).await;
+    // How far its step is, the leader knows best; and a node without a state knows nothing.
+    if known.as_ref().is_none_or(|job| !job.state.is_over())
+        && !asked.was_passed_on()
+        && let Some(leader) = api.node.leader_elsewhere()
+        && let Ok(answer) = pass_on(&api, &asked, &leader, Method::GET, Default::default()).await
+        && answer.status().is_success()
+    {
+        return Ok(answer);
+    }
+    Ok(Json(known.ok_or_else(|| unknown_job(&id))?).into_response())
+}
+
+/// Has the leader cancel a change of the members.
+async fn cancel_members(api: &Api, asked: &Asked, id: &str) -> Result<Response, Problem> {
+    flows::at_leader(api, asked, Method::DELETE, Default::default(), || cancel_members_here(api, id)).await
+}
+
+async fn cancel_members_here(api: &Api, id: &str) -> Result<Result<Response, Problem>, Option<String>> {
+    let known = api.node.cluster_job(id).await;
+    match known {
+        Some(job) if job.state == JobState::Cancelled => return Ok(Ok(Json(job).into_response())),
+        Some(job) if job.state.is_over() => {
+            let detail = format!("The {} has ended already: {}.", job.kind, job.detail);
+            return Ok(Err(Problem::new(Kind::FlowRefused, detail).with("job", job.id)));
+        }
+        known => match api.node.cancel_members(id).await {
+            Ok(()) => {}
+            Err(NotUndone::NotLeader(leader)) => return Err(leader),
+            Err(NotUndone::No(_)) if known.is_none() => return Ok(Err(unknown_job(id))),
+            Err(NotUndone::No(why)) => {
+                let detail = format!("It cannot be taken back: {why}.");
+                return Ok(Err(Problem::new(Kind::FlowRefused, detail).with("job", id)));
+            }
+        },
+    }
+    let ended = timeout(flows::WAIT_MAX, api.node.wait_cluster_job(id)).await.ok().flatten();
+    let job = match ended {
+        Some(job) => Some(job),
+        None => api.node.cluster_job(id).await,
+    };
+    Ok(job.ok_or_else(|| unknown_job(id)).map(|job| {
+        let status = if job.state.is_over() { StatusCode::OK } else { StatusCode::ACCEPTED };
+        (status, Json(job)).into_response()
+    }))
 }
 
 /// Cancels a job where that is safe: what it has done is undone. A drain can be cancelled until it is finished;
-/// afterwards undrain the node. A transfer of leadership and a rebuild cannot be taken back.
+/// afterwards undrain the node. A change of the members can be cancelled until the voters change. A transfer of leadership and a rebuild cannot be taken back.
 #[utoipa::path(delete, path = "/v1/admin/jobs/{id}", tag = "admin",
     params(("id" = String, Path, description = "The id that its beginning answered"),
         ("node" = Option<String>, Query, description = "Name of the node it runs on; default: the one that is asked")),
@@ -204,7 +254,7 @@ pub async fn cancel(
             let status = if job.state.is_over() { StatusCode::OK } else { StatusCode::ACCEPTED };
             Ok((status, Json(job)).into_response())
         }
-        Err(NotCancelled::Unknown) => Err(unknown_job(&id)),
+        Err(NotCancelled::Unknown) => cancel_members(&api, &asked, &id).await,
         Err(NotCancelled::Over(job)) => {
             let undo = if job.kind == "drain" { " To undo a drain: POST /v1/admin/node/undrain." } else { "" };
             let detail = format!("The {} has ended already: {}.{undo}", job.kind, job.detail);

@@ -107,6 +107,19 @@ pub fn refusal(refusal: &Refusal, commands_max: u64) -> Problem {
                  hand, with POST /v1/admin/node/rebuild on it."
             ),
         ),
+        Refusal::MembersBusy { job, kind, name } => Problem::new(
+            Kind::FlowUnderWay,
+            format!(
+                "A {kind} of {name} goes on, and the members change one at a time. Wait for its end, or cancel it: \
+                 GET and DELETE /v1/admin/jobs/{0}.",
+                uuid::Uuid::from_u128(*job)
+            ),
+        )
+        .with("job", uuid::Uuid::from_u128(*job).to_string()),
+        Refusal::MembersVoid { job } => Problem::new(
+            Kind::FlowRefused,
+            format!("The job {} has ended, or is past that. Look at GET /v1/admin/jobs.", uuid::Uuid::from_u128(*job)),
+        ),
         Refusal::KeyTableFull => Problem::new(
             Kind::TooManyRequests,
             "The cluster remembers as many recent requests as it may. Send this one again in a \

@@ -23,6 +23,8 @@ fn every_refusal_has_its_answer() {
         (Refusal::ImportPosition { expected: 7 }, Kind::ImportPosition, 409, Refused),
         (Refusal::RebuildHeld { by: text("n"), expires_in_s: 1 }, Kind::RebuildRefused, 409, Refused),
         (Refusal::RebuiltTooOften { name: text("n"), times: 2 }, Kind::RebuildRefused, 409, Refused),
+        (Refusal::MembersBusy { job: 7, kind: text("member-add"), name: text("n") }, Kind::FlowUnderWay, 409, Refused),
+        (Refusal::MembersVoid { job: 7 }, Kind::FlowRefused, 409, Refused),
         (Refusal::KeyTableFull, Kind::TooManyRequests, 429, NotApplied),
     ] {
         let problem = refusal(&given, 10_000).on_write(false);

@@ -6,6 +6,7 @@
 
 pub mod admin;
 mod bodies;
+pub mod compact;
 mod connection;
 mod elsewhere;
 pub mod flows;
@@ -15,6 +16,7 @@ pub mod jobs;
 mod json;
 pub mod limits;
 mod mapping;
+pub mod members;
 pub mod metrics;
 pub mod openapi;
 mod params;
@@ -85,6 +87,8 @@ const POST: &[&str] = &["POST"];
 const GET: &[&str] = &["GET"];
 const GET_HEAD: &[&str] = &["GET", "HEAD"];
 const GET_DELETE: &[&str] = &["GET", "DELETE"];
+const GET_POST: &[&str] = &["GET", "POST"];
+const DELETE: &[&str] = &["DELETE"];
 
 /// Everything that is served. The router is made from this table, and the OpenAPI document is
 /// compared with it.
@@ -104,11 +108,16 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/health/replica", methods: GET_HEAD, service: || get(health::replica) },
     Route { path: "/v1/admin/cluster", methods: GET, service: || get(admin::cluster) },
     Route { path: "/v1/admin/storage/stats", methods: GET, service: || get(admin::storage_stats) },
+    Route { path: "/v1/admin/storage/compact", methods: POST, service: || post(compact::storage_compact) },
+    Route { path: "/v1/admin/compact", methods: POST, service: || post(compact::compact) },
     Route { path: "/v1/admin/imports/{id}", methods: GET, service: || get(admin::import) },
     Route { path: "/v1/admin/node/rebuild", methods: POST, service: || post(jobs::rebuild) },
     Route { path: "/v1/admin/node/drain", methods: POST, service: || post(flows::drain) },
     Route { path: "/v1/admin/node/undrain", methods: POST, service: || post(flows::undrain) },
     Route { path: "/v1/admin/failover", methods: POST, service: || post(flows::failover) },
+    Route { path: "/v1/admin/members", methods: GET_POST, service: || get(members::list).merge(post(members::add)) },
+    Route { path: "/v1/admin/members/{name}", methods: DELETE, service: || delete(members::remove) },
+    Route { path: "/v1/admin/members/{name}/replace", methods: POST, service: || post(members::replace) },
     Route { path: "/v1/admin/jobs", methods: GET, service: || get(jobs::jobs) },
     Route { path: "/v1/admin/jobs/{id}", methods: GET_DELETE, service: || get(jobs::job).merge(delete(jobs::cancel)) },
     Route { path: "/v1/admin/quarantine", methods: GET, service: || get(jobs::quarantine) },

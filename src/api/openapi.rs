@@ -10,7 +10,7 @@ use axum::{
 };
 use utoipa::OpenApi;
 
-use super::{admin, flows, headers, health, jobs, metrics, read, schema, write};
+use super::{admin, compact, flows, headers, health, jobs, members, metrics, read, schema, write};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -19,8 +19,8 @@ use super::{admin, flows, headers, health, jobs, metrics, read, schema, write};
         write::assert, write::assert_batch, write::vote, write::epoch, write::supersede,
         read::query, read::assertion, read::history,
         health::health, health::live, health::ready, health::leader, health::replica,
-        metrics::metrics, admin::cluster, admin::import, admin::storage_stats,
-        jobs::rebuild, flows::drain, flows::undrain, flows::failover,
+        metrics::metrics, admin::cluster, admin::import, admin::storage_stats, compact::compact, compact::storage_compact,
+        jobs::rebuild, members::list, members::add, members::remove, members::replace, flows::drain, flows::undrain, flows::failover,
         jobs::jobs, jobs::job, jobs::cancel, jobs::quarantine, openapi_json,
     ),
     components(schemas(schema::ProblemBody), responses(schema::ProblemResponse)),

@@ -234,6 +234,14 @@ pub fn json(value: &impl Serialize) -> Result<Vec<u8>, Problem> {
     })
 }
 
+/// A node that was removed answers nothing any more.
+pub fn refuse_removed(api: &Api) -> Result<(), Problem> {
+    match api.node.refuses() {
+        None => Ok(()),
+        Some(why) => Err(Problem::new(Kind::NodeRemoved, format!("{why}. Ask a member; nothing was written here."))),
+    }
+}
+
 /// Gets a view of the wished freshness and answers with what `ask` makes of it: the index of the
 /// state it read, and JSON text. What this node cannot answer is asked of others.
 ///
@@ -245,6 +253,7 @@ pub async fn read(
     consistency: Consistency,
     ask: impl Fn(StoreView) -> Result<(u64, Vec<u8>), Problem> + Send + Sync + 'static,
 ) -> Result<Response, Problem> {
+    refuse_removed(api)?;
     let deadline = Instant::now() + api.request_deadline;
     let ask = Arc::new(ask);
     loop {

@@ -179,7 +179,7 @@ pub struct HistoryAnswer {
 #[derive(ToSchema)]
 pub struct HealthAnswer {
     /// `ok`, `starting`, `repairing`, `draining`, `drained`, `stopping`, or why the node answers through others:
-    /// `stalled`, `failed`, `rebuilding`, `fenced`.
+    /// `stalled`, `failed`, `rebuilding`, `fenced`; `waiting` to be added, `joining`, or `removed`.
     pub status: String,
     /// The node's name.
     pub name: String,
@@ -198,6 +198,8 @@ pub struct HealthAnswer {
     pub drain: String,
     /// What the log waits for while it is being repaired from the other nodes; absent otherwise.
     pub repairing: Option<String>,
+    /// For what a node without a place in the cluster waits, or why one has lost it; absent otherwise.
+    pub place: Option<String>,
     /// Version of the program.
     pub version: String,
 }
@@ -348,6 +350,57 @@ pub struct Failover {
     pub target: Option<String>,
 }
 
+/// What a compaction may be told.
+#[derive(ToSchema)]
+pub struct Compact {
+    /// The whole tree into its last level; default: what is due.
+    pub aggressive: Option<bool>,
+    /// The same under another name.
+    pub force: Option<bool>,
+}
+
+/// A node that is to become a member.
+#[derive(ToSchema)]
+pub struct MemberAdd {
+    /// Its `node.name`.
+    pub name: String,
+    /// `host:port` of its listener for nodes.
+    pub addr: String,
+    /// `host:port` of its HTTP listener; default: what it says itself.
+    pub http: Option<String>,
+    /// It receives the log and never votes; default: what its `cluster.role` says.
+    pub learner: Option<bool>,
+}
+
+/// A node that takes the place of another one.
+#[derive(ToSchema)]
+pub struct MemberReplace {
+    /// Its `node.name`.
+    pub name: String,
+    /// `host:port` of its listener for nodes.
+    pub addr: String,
+    /// `host:port` of its HTTP listener; default: what it says itself.
+    pub http: Option<String>,
+}
+
+/// The members, and the change that goes on.
+#[derive(ToSchema)]
+pub struct MembersAnswer {
+    /// Name of the leader, if one is known.
+    pub leader: Option<String>,
+    /// Its term.
+    pub term: u64,
+    /// Number of voters.
+    pub voters: u64,
+    /// How many of them must work.
+    pub needed: u64,
+    /// As in `/v1/admin/cluster`.
+    #[schema(value_type = Vec<Object>)]
+    pub members: Vec<serde_json::Value>,
+    /// The change of the members that goes on.
+    pub change: Option<JobAnswer>,
+}
+
 /// The jobs of a node.
 #[derive(ToSchema)]
 pub struct JobsAnswer {
@@ -372,10 +425,12 @@ pub struct JobAnswer {
     /// Its id.
     #[schema(format = "uuid")]
     pub id: String,
-    /// `rebuild`, `drain`, `undrain` or `failover`.
+    /// `rebuild`, `drain`, `undrain`, `failover`, `member-add`, `member-remove`, `member-replace` or `compact`.
     pub kind: String,
-    /// Name of the node.
+    /// Name of the node that it runs on, or that it is about.
     pub node: String,
+    /// It belongs to the whole cluster: every node can be asked.
+    pub cluster: bool,
     /// `running`, `waiting`, `finished`, `failed` or `cancelled`.
     pub state: String,
     /// What is being done, for example `pulling`.

@@ -126,6 +126,7 @@ async fn perform(api: &Api, parts: &Parts, body: Body, write: Write) -> Result<R
         None => 0,
     };
     let op = parse(write, bytes, import).await?;
+    super::read::refuse_removed(api)?;
     let submitted =
         api.node.submit(op, key, body_hash).await.map_err(|error| mapping::submit_error(error, api.commands_max))?;
     answer(&submitted, write, api.commands_max)
@@ -161,8 +162,10 @@ fn answer(submitted: &Submitted, write: Write, commands_max: u64) -> Result<Resp
     let receipts = match &submitted.outcome.outcome {
         Outcome::Applied(receipts) => receipts,
         Outcome::Refused(refusal) => return Err(mapping::refusal(refusal, commands_max)),
-        // Only nodes ask for permits.
-        Outcome::Permit(_) => return Err(Problem::new(Kind::Internal, "The node mixed up two outcomes.")),
+        // Only nodes ask for permits and change the members.
+        Outcome::Permit(_) | Outcome::Member(_) => {
+            return Err(Problem::new(Kind::Internal, "The node mixed up two outcomes."));
+        }
     };
     let replayed = submitted.outcome.replayed;
     let written = |receipt: &Receipt| Written {

@@ -26,10 +26,12 @@ const SILENCE_MAX: u32 = 20;
 pub struct Job {
     /// Its id.
     pub id: String,
-    /// `drain`, `undrain`, `failover` or `rebuild`.
+    /// `drain`, `undrain`, `failover`, `rebuild`, `member-add`, `member-remove` or `member-replace`.
     pub kind: String,
-    /// The node that it runs on.
+    /// The node that it runs on, or that it is about.
     pub node: String,
+    /// It belongs to the cluster: any node can be asked.
+    pub cluster: bool,
     /// `running`, `waiting`, `finished`, `failed` or `cancelled`.
     pub state: String,
     /// What is being done.
@@ -50,7 +52,9 @@ pub struct Job {
     pub bytes_done: u64,
     /// Bytes to fetch, of a rebuild.
     pub bytes_total: u64,
-    /// Seconds left, of a rebuild.
+    /// Entries of the leader's log that a node lacks that catches up.
+    pub entries_behind: Option<u64>,
+    /// Seconds left, of a rebuild or of catching up.
     pub eta_s: Option<u64>,
     /// When it began.
     pub began_unix_ms: u64,
@@ -69,6 +73,12 @@ pub struct JobStep {
 }
 
 impl Job {
+    /// Where it is shown.
+    pub fn path(&self) -> String {
+        let node = if self.cluster { String::new() } else { format!("?node={}", encode_query(&self.node)) };
+        format!("/v1/admin/jobs/{}{node}", encode_query(&self.id))
+    }
+
     /// Whether nothing more comes.
     pub fn is_over(&self) -> bool {
         matches!(self.state.as_str(), "finished" | "failed" | "cancelled")
@@ -113,14 +123,17 @@ pub async fn follow(client: &mut Client, answer: &Answer, wait: bool) -> Result<
     if !wait || job.is_over() {
         return Ok(job);
     }
-    let path = format!("/v1/admin/jobs/{}?node={}", encode_query(&job.id), encode_query(&job.node));
+    let path = job.path();
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
         bar.set_style(style);
     }
     let mut silent = 0;
     while !job.is_over() {
-        bar.set_message(format!("{}: {}", job.node, job.step));
+        let behind = job.entries_behind.filter(|entries| *entries > 0);
+        let behind =
+            behind.map_or_else(String::new, |entries| format!(", {} entries behind", output::thousands(entries)));
+        bar.set_message(format!("{}: {}{behind}", job.node, job.step));
         bar.tick();
         tokio::time::sleep(LOOK_INTERVAL).await;
         match client.get_json::<Job>(&path, ASK_TIMEOUT).await {

@@ -1,13 +1,13 @@
 //! `stemedb job list|show|cancel`: the flows and rebuilds of every node.
 //!
-//! Each node knows its own jobs, so all of them are asked; an id is looked for on each.
+//! Each node knows its own jobs and those of the whole cluster, so all of them are asked; an id is looked for on each.
 
 use clap::{Args, Subcommand};
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use super::flow_client::{self, ASK_TIMEOUT, Job};
-use super::http_client::{Call, Client, Endpoint, encode_query};
+use super::http_client::{Call, Client, Endpoint};
 use super::{CliError, EndpointArgs, output};
 
 /// What to do with jobs.
@@ -83,8 +83,7 @@ pub async fn run(command: &JobCommand) -> Result<(), CliError> {
         }
         JobCommand::Cancel(args) => {
             let job = find(args).await?;
-            let path = format!("/v1/admin/jobs/{}?node={}", encode_query(&job.id), encode_query(&job.node));
-            let (_, answer) = flow_client::order(&args.endpoints.parse()?, &Call::delete(path)).await?;
+            let (_, answer) = flow_client::order(&args.endpoints.parse()?, &Call::delete(job.path())).await?;
             let job: Job = answer.json().map_err(CliError::Unreachable)?;
             if args.json { output::json(&job) } else { output::line(&details(&job)) }
         }
@@ -132,8 +131,8 @@ async fn gather(given: &[Endpoint]) -> Result<Jobs, CliError> {
     if !answered {
         return Err(CliError::Unreachable(format!("no node answered: {}", not_asked.join("; "))));
     }
-    jobs.sort_by(|a, b| (b.began_unix_ms, &b.id).cmp(&(a.began_unix_ms, &a.id)));
-    // The same node under two addresses.
+    // The same node under two addresses, or a job of the whole cluster. Who knows most of one that goes on is the leader.
+    jobs.sort_by_key(|job| (std::cmp::Reverse(job.began_unix_ms), job.id.clone(), std::cmp::Reverse(job.steps.len())));
     jobs.dedup_by(|a, b| a.id == b.id);
     Ok(Jobs { jobs, not_asked })
 }
@@ -158,6 +157,9 @@ fn details(job: &Job) -> String {
     if job.bytes_total > 0 {
         let (done, total) = (output::thousands(job.bytes_done), output::thousands(job.bytes_total));
         text.push_str(&format!("\n  {done} of {total} bytes"));
+    }
+    if let Some(entries) = job.entries_behind.filter(|_| !job.is_over()) {
+        text.push_str(&format!("\n  {} entries behind", output::thousands(entries)));
     }
     for step in &job.steps {
         text.push_str(&format!("\n  {:>8} ms  {}", step.ms, step.name));

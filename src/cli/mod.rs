@@ -21,6 +21,7 @@
 
 pub mod balancer;
 pub mod bench;
+pub mod compact;
 pub mod dev;
 pub mod drain;
 pub mod drill;
@@ -47,6 +48,7 @@ pub mod job;
 mod listing;
 pub mod local_cluster;
 mod local_config;
+pub mod member;
 pub mod output;
 pub mod rebuild;
 pub mod serve;
@@ -146,9 +148,16 @@ enum Command {
     Undrain(drain::UndrainArgs),
     /// Move leadership to another node
     Failover(failover::FailoverArgs),
-    /// Show and cancel drains, failovers and rebuilds
+    /// Add, remove and replace nodes, and show them
+    #[command(subcommand)]
+    Member(member::MemberCommand),
+    /// Show and cancel drains, failovers, rebuilds and changes of the members
     #[command(subcommand)]
     Job(job::JobCommand),
+    /// Compact the tree of a node
+    Compact(compact::CompactArgs),
+    /// Show what the trees of nodes hold
+    Stats(compact::StatsArgs),
     /// Make a node anew from a replica
     Rebuild(rebuild::RebuildArgs),
     /// Load a file of assertions, exactly once, resumable
@@ -247,8 +256,11 @@ fn run(command: Command) -> ExitCode {
             Command::Drain(args) => drain::run(&args).await,
             Command::Undrain(args) => drain::run_undrain(&args).await,
             Command::Failover(args) => failover::run(&args).await,
+            Command::Member(command) => member::run(&command).await,
             Command::Job(command) => job::run(&command).await,
             Command::Completions { shell } => completions(shell),
+            Command::Compact(args) => compact::run(&args).await,
+            Command::Stats(args) => compact::run_stats(&args).await,
             Command::Rebuild(args) => rebuild::run(&args).await,
             Command::Import(args) => import::run(&args).await,
             Command::ImportCheck(args) => import_check::run(&args).await,

@@ -144,6 +144,12 @@ pub static KEYS: &[Key] = &[
     ),
     key(
         "cluster",
+        "role",
+        Kind::Role(|c| &mut c.cluster.role),
+        "What this node is added to a cluster as: voter, or learner, which receives the log, answers, and never votes.",
+    ),
+    key(
+        "cluster",
         "bootstrap_expect",
         Kind::Integer { field: IntegerField::U32(|c| &mut c.cluster.bootstrap_expect), min: 0, max: 64, unit: "nodes" },
         "How many nodes must be there, and empty, before a cluster is formed; 0 means as many as are listed.",

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use super::{Config, LogFormat, LogLevel, PeerEntry};
+use super::{Config, LogFormat, LogLevel, MemberRole, PeerEntry};
 
 /// A value as it was given, before its key has judged it.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,6 +49,8 @@ pub(super) enum Kind {
     OptionalFile(fn(&mut Config) -> &mut Option<PathBuf>),
     Level(fn(&mut Config) -> &mut LogLevel),
     Format(fn(&mut Config) -> &mut LogFormat),
+    /// What a node is added as.
+    Role(fn(&mut Config) -> &mut MemberRole),
     Peers(fn(&mut Config) -> &mut Vec<PeerEntry>),
 }
 
@@ -60,6 +62,7 @@ const LEVELS: [(&str, LogLevel); 5] = [
     ("trace", LogLevel::Trace),
 ];
 
+const ROLES: [(&str, MemberRole); 2] = [("voter", MemberRole::Voter), ("learner", MemberRole::Learner)];
 const FORMATS: [(&str, LogFormat); 2] = [("text", LogFormat::Text), ("json", LogFormat::Json)];
 
 /// A name travels in messages, file names and metric labels.
@@ -130,6 +133,7 @@ impl Kind {
             Kind::OptionalFile(_) => "an absolute path; empty for none".into(),
             Kind::Level(_) => one_of(&LEVELS),
             Kind::Format(_) => one_of(&FORMATS),
+            Kind::Role(_) => one_of(&ROLES),
             Kind::Peers(_) => "one [[cluster.peers]] table with name, addr (host:port of its peer listener) \
                 and http (host:port) per node, or the text name=addr/http,name=addr/http,…"
                 .into(),
@@ -170,6 +174,10 @@ impl Kind {
             },
             (Kind::Format(field), Given::Text(text)) => match find(&FORMATS, &text) {
                 Some(format) => *field(config) = format,
+                None => return wrong(&Given::Text(text)),
+            },
+            (Kind::Role(field), Given::Text(text)) => match find(&ROLES, &text) {
+                Some(role) => *field(config) = role,
                 None => return wrong(&Given::Text(text)),
             },
             (Kind::Peers(field), Given::Peers(peers)) => *field(config) = checked_peers(peers)?,
@@ -213,6 +221,7 @@ impl Kind {
             }
             Kind::Level(field) => name_of(&LEVELS, *field(config)),
             Kind::Format(field) => name_of(&FORMATS, *field(config)),
+            Kind::Role(field) => name_of(&ROLES, *field(config)),
             Kind::Peers(field) => {
                 let peers: Vec<String> =
                     field(config).iter().map(|peer| format!("{}={}/{}", peer.name, peer.addr, peer.http)).collect();

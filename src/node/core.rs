@@ -33,6 +33,7 @@ use super::{
     freshness::Freshness,
     identity::Identity,
     log_time::Applied,
+    members::MembersDesk,
     park::Park,
     peers::Peers,
     proposer::Proposer,
@@ -214,6 +215,10 @@ pub struct Shared {
     pub flows: Arc<Flows>,
     /// Where the rebuild of this node shows its progress.
     pub desk: Arc<Desk>,
+    /// Changes of the members, and whether this node was removed; of the process.
+    pub members: Arc<MembersDesk>,
+    /// For what a node without a place in a cluster waits, while it is to be added to one.
+    pub awaits_place: watch::Sender<Option<String>>,
     /// What is wrong that a rebuild cures, once that is known.
     pub need: watch::Sender<Option<Need>>,
     /// Why the core was ended on purpose, once that is so.
@@ -274,7 +279,7 @@ impl Shared {
             () = self.core_stop.cancelled() => {}
             // Never an error: the sender lives as long as this borrow.
             _ = need.wait_for(|need| match need {
-                Some(Need::Node(_)) => true,
+                Some(Need::Node(_) | Need::Place(_)) => true,
                 Some(Need::Tree(_)) => !has_core,
                 None => false,
             }) => {}

@@ -12,12 +12,15 @@ use super::{
     core::{AssignRequest, Shared},
     identity::{Identity, cluster_hex},
     kinds::Kind,
+    members::standing::{self, Standing, StandingAsk},
     messages::{pack, unpack},
 };
 use crate::config::PeerEntry;
 
 /// How often the peers are asked again.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
+/// The same while this node waits to be added.
+const PLACE_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a peer may take for an answer.
 const PROBE_REPLY_MAX: Duration = Duration::from_secs(1);
 /// How long a peer may take to write its identity: a few syncs, on a slow disk.
@@ -39,6 +42,8 @@ pub enum Formed {
 pub enum FormError {
     /// The cluster exists and this folder has nothing: only a rebuild brings the node back.
     AlreadyMember(String),
+    /// The cluster exists, and this node is to become a member.
+    Awaited,
     /// Anything else.
     Refused(String),
 }
@@ -125,7 +130,10 @@ pub async fn form(
         };
         let own_cluster = (**place.shared.identity.load()).as_ref().map(|id| id.cluster_id);
         match decide(peers, own_position, own_cluster, &heard) {
-            Decision::Refuse(why) if has_members(&heard, own_cluster) => return Err(FormError::AlreadyMember(why)),
+            Decision::Refuse(why) if has_members(&heard, own_cluster) => match own_cluster {
+                Some(_) => return Err(FormError::AlreadyMember(why)),
+                None => return Err(await_place(place.shared, peers).await),
+            },
             Decision::Refuse(why) => return Err(FormError::Refused(why)),
             Decision::AwaitAssignment => {
                 say_waiting(&mut waiting_said, vec!["the first node of the list to form the cluster".into()])
@@ -149,6 +157,39 @@ pub async fn form(
     }
 }
 
+/// Waits until the members know of this node, whose folder is empty: as one that is to be added, or as one that was a
+/// member before. Says what it waits for in its log and its health.
+pub async fn await_place(shared: &Arc<Shared>, peers: &[PeerEntry]) -> FormError {
+    let name = shared.name().to_owned();
+    let ask = StandingAsk { cluster_id: None, name: name.clone(), raft_id: 0 };
+    let mut said: Option<(Vec<String>, tokio::time::Instant)> = None;
+    loop {
+        let others: Vec<String> = peers.iter().filter(|peer| peer.name != name).map(|peer| peer.addr.clone()).collect();
+        let waits_for = match standing::ask(shared, others.clone(), &ask).await {
+            Some(Standing::Awaited) => return FormError::Awaited,
+            Some(Standing::Member) => {
+                return FormError::AlreadyMember(format!(
+                    "{name} is already a member of a cluster, and its folder is empty: its files were lost"
+                ));
+            }
+            Some(Standing::Stranger) => {
+                let addr =
+                    peers.iter().find(|peer| peer.name == name).map(|peer| peer.addr.as_str()).unwrap_or_default();
+                format!("to be added: stemedb member add {name} --addr {addr}")
+            }
+            Some(Standing::OtherCluster | Standing::Removed(_) | Standing::Unknown) | None => {
+                format!("a member that can say whether this node is to be added; asked: {}", others.join(", "))
+            }
+        };
+        shared.awaits_place.send_replace(Some(waits_for.clone()));
+        say(&mut said, vec![waits_for], "this node has no place in a cluster yet, waiting");
+        tokio::select! {
+            () = shared.stop.cancelled() => return FormError::Refused("the node is stopping".into()),
+            () = tokio::time::sleep(PLACE_INTERVAL) => {}
+        }
+    }
+}
+
 /// Whether a peer is a working member of a cluster that this node may belong to.
 fn has_members(heard: &[Heard], own_cluster: Option<ClusterId>) -> bool {
     heard.iter().any(|heard| match heard {
@@ -158,11 +199,15 @@ fn has_members(heard: &[Heard], own_cluster: Option<ClusterId>) -> bool {
 }
 
 fn say_waiting(said: &mut Option<(Vec<String>, tokio::time::Instant)>, whom: Vec<String>) {
+    say(said, whom, "the cluster is not formed yet, waiting for");
+}
+
+fn say(said: &mut Option<(Vec<String>, tokio::time::Instant)>, whom: Vec<String>, what: &str) {
     let now = tokio::time::Instant::now();
     if said.as_ref().is_some_and(|(old, at)| *old == whom && now < *at + SAY_AGAIN) {
         return;
     }
-    tracing::info!("the cluster is not formed yet, waiting for: {}", whom.join("; "));
+    tracing::info!("{what}: {}", whom.join("; "));
     *said = Some((whom, now));
 }
 

@@ -31,6 +31,7 @@ mod healer;
 pub mod identity;
 pub mod kinds;
 pub mod log_time;
+pub mod members;
 pub mod messages;
 mod old_copy;
 pub mod park;
@@ -90,6 +91,7 @@ pub use self::{
     fence::{ANSWER_MAX, Door},
     files::is_full,
     flows::{DrainOrder, DrainPlan, FailoverPlan, FlowError, Flows, NotCancelled},
+    members::{MemberError, MemberOrder, MemberPlan, NotUndone, Ordered},
     read::{Consistency, ReadError},
     rebuild::{
         desk::{JobReport, JobState, StepReport},
@@ -267,21 +269,68 @@ impl Node {
     pub fn all_jobs(&self) -> Vec<JobReport> {
         let mut jobs = self.process.desk.all();
         jobs.extend(self.process.flows.board.all());
+        jobs.extend(self.process.flows.compactions.all());
         jobs.sort_by_key(|job| std::cmp::Reverse(job.began_unix_ms));
         jobs
     }
 
     /// A job by its id.
     pub fn job(&self, id: &str) -> Option<JobReport> {
-        self.process.desk.job(id).or_else(|| self.process.flows.board.job(id))
+        let flows = &self.process.flows;
+        self.process.desk.job(id).or_else(|| flows.board.job(id)).or_else(|| flows.compactions.job(id))
     }
 
     /// Waits until a job has ended; `None` when there is no such job.
     pub async fn wait_job(&self, id: &str) -> Option<JobReport> {
         match self.process.desk.job(id) {
             Some(_) => self.process.desk.wait_ended(id).await,
+            None if self.process.flows.compactions.job(id).is_some() => {
+                self.process.flows.compactions.wait_ended(id).await
+            }
             None => self.process.flows.board.wait_ended(id).await,
         }
+    }
+
+    /// Begins to compact the tree of this node. The answer is the job's id.
+    pub fn compact(&self, major: bool) -> Result<String, FlowError> {
+        flows::order_compact(&self.process, major)
+    }
+
+    /// Takes an order about the members, or says what it would do. Only the leader can.
+    pub async fn order_members(&self, order: MemberOrder, forced: bool, dry_run: bool) -> Result<Ordered, MemberError> {
+        members::order(&self.process, order, forced, dry_run).await
+    }
+
+    /// Cancels a change of the members. Only the leader can.
+    pub async fn cancel_members(&self, id: &str) -> Result<(), NotUndone> {
+        members::cancel(&self.process, id).await
+    }
+
+    /// Changes of the members that this node knows of, the newest first: of the whole cluster.
+    pub async fn cluster_jobs(&self) -> Vec<JobReport> {
+        members::all(&self.shared()).await
+    }
+
+    /// One of them by its id.
+    pub async fn cluster_job(&self, id: &str) -> Option<JobReport> {
+        members::one(&self.shared(), id).await
+    }
+
+    /// Waits until it has ended; `None` when this node does not know it, or hears nothing any more.
+    pub async fn wait_cluster_job(&self, id: &str) -> Option<JobReport> {
+        members::wait_ended(&self.shared(), id).await
+    }
+
+    /// Why requests are refused here, if they are: this node was removed from its cluster.
+    pub fn refuses(&self) -> Option<&str> {
+        self.process.members.refuses()
+    }
+
+    /// Name of the leader, if another node leads.
+    pub fn leader_elsewhere(&self) -> Option<String> {
+        let shared = self.shared();
+        let view = shared.view.borrow();
+        view.leader.as_ref().filter(|leader| !leader.here).map(|leader| leader.name.clone())
     }
 
     /// Whether this node leads, by its own word.

@@ -31,6 +31,7 @@ use super::{
     fence::{Fence, Side},
     flows::Flows,
     identity::FolderLock,
+    members::{MembersDesk, removed},
     park::Park,
     rebuild::{self, desk::Desk, journal::Journal, offer::Offers},
     room_watch,
@@ -82,6 +83,8 @@ pub struct Process {
     pub flows: Arc<Flows>,
     /// Where a rebuild is asked for and shown.
     pub desk: Arc<Desk>,
+    /// Changes of the members, and whether this node was removed.
+    pub members: Arc<MembersDesk>,
     /// Checkpoints offered to nodes that rebuild.
     pub offers: Arc<Offers>,
     /// Cancelled when the node has taken its spare folder into use: it goes on in a process, or a `Node`, that starts.
@@ -99,6 +102,7 @@ impl Process {
         let (lock, space) = start::take_folder(&config, &metrics, ground.space).await?;
         let boots = SeenBoots::open(&config.node.data_dir, Arc::clone(&ground.io_times))?;
         let journal = Journal::load(&config.node.data_dir)?;
+        let removed = removed::Mark::load(&config.node.data_dir)?;
         let flows = Arc::new(Flows::open(&config.node.data_dir)?);
         let listener = match ground.peer_listener {
             Some(listener) => listener,
@@ -118,6 +122,7 @@ impl Process {
             stop: CancellationToken::new(),
             flows,
             desk: Arc::default(),
+            members: Arc::default(),
             offers: Arc::default(),
             moved: CancellationToken::new(),
             vital: Vital::default(),
@@ -134,6 +139,10 @@ impl Process {
         process.watch_space();
         let early = |shared: &Arc<Shared>| process.current.store(Some(Arc::clone(shared)));
         let incarnated = match &journal {
+            _ if removed.is_some() => {
+                let why = removed.map(|mark| mark.why).unwrap_or_default();
+                Ok(start::incarnate_removed(&process, why, early))
+            }
             // From here to there no core may run under the old id.
             Some(journal) if journal.phase < Phase::Installed => start::incarnate_proxy(&process, journal, early),
             Some(journal) => match start::incarnate(&process, early).await {
@@ -151,6 +160,8 @@ impl Process {
             Ok(_) => {
                 let rebuilding = rebuild::run(Arc::clone(&process), journal);
                 process.vital.spawn("the task that rebuilds the node", rebuilding);
+                let following = removed::follow(Arc::clone(&process));
+                process.vital.spawn("the task that asks whether the node was removed", following);
                 Ok(process)
             }
             Err(error) => {

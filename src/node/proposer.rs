@@ -132,6 +132,7 @@ pub fn command_bytes(command: &Command) -> usize {
             Operation::Epoch(epoch) => FACT + epoch.name.len() + text(&epoch.description) + text(&epoch.supersedes),
             Operation::Supersede(s) => FACT + text(&s.reason),
             Operation::Rebuild(_) => 2 * FACT,
+            Operation::Members(_) => 8 * FACT,
         }
 }
 

@@ -27,6 +27,7 @@ use super::{
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
     kinds::Kind,
+    members,
     messages::{
         EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, unpack,
     },
@@ -105,6 +106,12 @@ impl ConnectionHandler for Connection {
             Kind::Probe => return now(probe(&shared)),
             Kind::Assign => return assign(shared, body).boxed(),
             Kind::RebuildAsk => return rebuild::grant::ask(shared, body).boxed(),
+            Kind::Standing => return members::standing::answer(shared, body).boxed(),
+            Kind::Candidate => return now(members::candidate_answer(&shared)),
+            Kind::LookAgain => {
+                shared.members.look_again.notify_one();
+                return now(answer(&()));
+            }
             _ => {}
         }
         // The boot count must be durable here before anything is promised to its bearer.
@@ -164,9 +171,14 @@ impl Connection {
             Kind::CheckpointOffer => Arc::clone(&self.process.offers).offer(shared, body).boxed(),
             Kind::CheckpointFetch => Arc::clone(&self.process.offers).fetch(shared, body).boxed(),
             Kind::RebuildStep => rebuild::grant::step(shared, body).boxed(),
-            Kind::Probe | Kind::Assign | Kind::RebuildAsk | Kind::Status | Kind::Entries => {
-                now(Err(failed("handled before")))
-            }
+            Kind::Probe
+            | Kind::Assign
+            | Kind::RebuildAsk
+            | Kind::Standing
+            | Kind::Candidate
+            | Kind::LookAgain
+            | Kind::Status
+            | Kind::Entries => now(Err(failed("handled before"))),
         }
     }
 }

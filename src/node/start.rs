@@ -37,6 +37,7 @@ use super::{
     forward::Forwarders,
     healer::PeerHealer,
     identity::{self, FolderLock, Identity, LogContent, Standing},
+    members::Gone,
     peers::Peers,
     process::Process,
     proposer::Proposer,
@@ -44,7 +45,7 @@ use super::{
     raft_settings::raft_config,
     read,
     read_index::{self, Rounds},
-    rebuild::{self, Need, fail_point, journal::Journal, tree_watch},
+    rebuild::{self, Need, PLACE_WHY, fail_point, journal::Journal, tree_watch},
     repair::{self, Begun},
     room_watch, slow,
     space::{RealSpace, SpaceProbe},
@@ -53,7 +54,7 @@ use super::{
     upkeep, watch as watcher,
 };
 use crate::{
-    config::{Config, PeerEntry},
+    config::{Config, MemberRole, PeerEntry},
     metrics::Metrics,
     state::{
         apply::KeyLimits,
@@ -175,8 +176,21 @@ pub fn incarnate_proxy(
         shared.view.send_modify(|view| view.membership = Arc::new(membership));
     }
     early(&shared);
-    needs_rebuild(&shared, Need::Node(journal.why.clone()));
+    let why = journal.why.clone();
+    needs_rebuild(&shared, if why == PLACE_WHY { Need::Place(why) } else { Need::Node(why) });
     Ok(shared)
+}
+
+/// An incarnation of a node that was removed from its cluster: it says so, and nothing else.
+pub fn incarnate_removed(process: &Arc<Process>, why: String, early: impl FnOnce(&Arc<Shared>)) -> Arc<Shared> {
+    tracing::error!("{why}");
+    let (assignments, _) = mpsc::channel(1);
+    let shared = make_shared(process, None, assignments);
+    // Set once, here.
+    let _first = shared.retired.set(why.clone());
+    process.members.set_removed(Gone { why, refuses_from: tokio::time::Instant::now() });
+    early(&shared);
+    shared
 }
 
 /// Nothing of this incarnation runs, and it goes on as a proxy until it is rebuilt.
@@ -199,6 +213,7 @@ fn may_cure(config: &Config, peers: &[PeerEntry], need: &Need) -> bool {
     match need {
         Need::Node(_) => may_rebuild(config, peers),
         Need::Tree(_) => config.cluster.auto_rebuild && peers.len() >= 2,
+        Need::Place(_) => true,
     }
 }
 
@@ -372,6 +387,8 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         stop,
         flows: Arc::clone(&process.flows),
         desk: Arc::clone(&process.desk),
+        members: Arc::clone(&process.members),
+        awaits_place: watch::Sender::default(),
         need: watch::Sender::new(None),
         retired: OnceLock::new(),
         requests: TaskTracker::new(),
@@ -390,6 +407,11 @@ async fn form_and_run(
 ) {
     let shared = Arc::clone(&parts.shared);
     let done = async {
+        // A learner never forms a cluster: it waits to be added to one.
+        if shared.config.cluster.role == MemberRole::Learner {
+            assigned.close();
+            return Err(formation::await_place(&shared, &peers).await);
+        }
         let expected = shared.config.cluster.bootstrap_expect as usize;
         if expected != peers.len() {
             return Err(FormError::Refused(format!(
@@ -407,6 +429,10 @@ async fn form_and_run(
         }
     };
     match done.await {
+        Err(FormError::Awaited) => {
+            shared.awaits_place.send_replace(None);
+            needs_rebuild(&shared, Need::Place(PLACE_WHY.to_owned()));
+        }
         Err(FormError::AlreadyMember(why)) if may_rebuild(&shared.config, &peers) => {
             needs_rebuild(&shared, Need::Node(why));
         }
@@ -476,6 +502,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared), is_outsider));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
+    vital.spawn("the task that changes the members", super::members::lead::run(Arc::clone(&shared)));
     vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));

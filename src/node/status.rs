@@ -20,7 +20,7 @@ use super::{
     flows::DrainMark,
     kinds::Kind,
     messages::{Lag, StatusReply, pack, unpack},
-    rebuild::desk::JobState,
+    rebuild::{Need, desk::JobState},
 };
 use crate::{admin::drain::Mark, clock};
 
@@ -34,7 +34,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 #[derive(Clone, Debug, Serialize)]
 pub struct Health {
     /// `ok`, `starting`, `repairing`, `draining`, `drained`, `stopping`, or why the node answers through others: `stalled`, `failed`,
-    /// `rebuilding`, `fenced`.
+    /// `rebuilding`, `fenced`; `waiting` to be added, `joining`, or `removed`.
     pub status: String,
     /// Name of the node.
     pub name: String,
@@ -54,6 +54,9 @@ pub struct Health {
     /// is being replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repairing: Option<String>,
+    /// For what a node without a place in the cluster waits, or why one has lost it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
     /// Version of the program.
     pub version: String,
 }
@@ -123,6 +126,8 @@ pub fn health(shared: &Shared) -> Health {
     let damaged = shared.tree_damage();
     let status = match () {
         () if shared.stop.is_cancelled() => "stopping",
+        () if shared.members.removed().is_some() => "removed",
+        () if matches!(&*shared.need.borrow(), Some(Need::Place(_))) => "joining",
         () if damaged.is_some() && shared.vital.ended().is_none() => "repairing",
         () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
         () if is_stopping(shared) => "stopping",
@@ -130,6 +135,7 @@ pub fn health(shared: &Shared) -> Health {
         () if disk.state.silences() => disk.state.word(),
         () if shared.silenced().is_some() => "failed",
         () if shared.repairing.borrow().is_some() => "repairing",
+        () if shared.awaits_place.borrow().is_some() => "waiting",
         () if shared.core.get().is_none() => "starting",
         () if shared.flows.drain.mark().is_out() => shared.flows.drain.mark().word(),
         () => "ok",
@@ -148,6 +154,10 @@ pub fn health(shared: &Shared) -> Health {
             .borrow()
             .clone()
             .or(damaged.map(|why| format!("the tree is being replaced: {why}"))),
+        place: match shared.members.removed() {
+            Some(gone) => Some(gone.why.clone()),
+            None => shared.awaits_place.borrow().clone(),
+        },
         version: VERSION.into(),
     }
 }
@@ -347,6 +357,9 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
     if let Some(why) = shared.vital.ended() {
         return Err(why);
     }
+    if let Some(gone) = shared.members.removed() {
+        return Err(gone.why.clone());
+    }
     if let Some(why) = shared.silenced() {
         return Err(match shared.disk.state() {
             state if state.silences() => format!("the disk is {}: {why}", state.word()),
@@ -364,7 +377,10 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
         return Err(format!("the log is being repaired: {waits_for}"));
     }
     if shared.core.get().is_none() {
-        return Err("this node is waiting for its cluster to be formed".into());
+        return Err(match &*shared.awaits_place.borrow() {
+            Some(waits_for) => format!("this node has no place in a cluster yet, waiting: {waits_for}"),
+            None => "this node is waiting for its cluster to be formed".into(),
+        });
     }
     if !*shared.caught_up.borrow() {
         return Err("this node has not caught up with what was committed when it started".into());

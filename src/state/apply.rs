@@ -15,11 +15,13 @@ use std::collections::HashSet;
 use stemedb_raft::codec::CodecError;
 
 use super::command::{
-    Command, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, Operation, Outcome, RebuildCommand, Refusal,
+    Command, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, MemberCommand, Operation, Outcome, RebuildCommand,
+    Refusal,
 };
 use super::engine::{EngineError, StateRead, WriteBatch};
 use super::key_table::{KeyTable, Known};
 use super::keys;
+use super::members::MemberBook;
 use super::permits::{Book, Change};
 use super::record::Counters;
 
@@ -179,6 +181,9 @@ impl Applier {
         if let Operation::Rebuild(rebuild) = &command.op {
             return self.permit(entry, rebuild);
         }
+        if let Operation::Members(command) = &command.op {
+            return self.members(entry, command);
+        }
         let mut facts = Facts {
             entry,
             epochs_known: &mut self.epochs_known,
@@ -193,12 +198,30 @@ impl Applier {
     /// No fact: it leaves no receipt and no index.
     fn permit(&self, entry: &mut Overlay<'_>, command: &RebuildCommand) -> Result<Outcome, ApplyError> {
         let mut book = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
+        if matches!(command, RebuildCommand::Grant { .. }) && !book.is_renewal(command) {
+            let members = MemberBook::decode(entry.get(keys::MEMBERS)?.as_deref())?;
+            members.admits_grant().map_err(ApplyError::Rejected)?;
+        }
         let change = book.apply(command, self.log_index, self.log_time_ms).map_err(ApplyError::Rejected)?;
         entry.put(keys::REBUILD_PERMITS, book.encode().map_err(encode_error)?);
         Ok(match change {
             Change::Held(permit) => Outcome::Permit(permit),
             Change::Free => Outcome::Applied(Vec::new()),
         })
+    }
+
+    /// No fact either.
+    fn members(&self, entry: &mut Overlay<'_>, command: &MemberCommand) -> Result<Outcome, ApplyError> {
+        let mut permits = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
+        let mut members = MemberBook::decode(entry.get(keys::MEMBERS)?.as_deref())?;
+        let before = permits.clone();
+        let intent = members.apply(command, &mut permits, self.log_index, self.log_time_ms);
+        let intent = intent.map_err(ApplyError::Rejected)?;
+        entry.put(keys::MEMBERS, members.encode().map_err(encode_error)?);
+        if permits != before {
+            entry.put(keys::REBUILD_PERMITS, permits.encode().map_err(encode_error)?);
+        }
+        Ok(Outcome::Member(Box::new(intent)))
     }
 
     fn known(&self, entry: &Overlay<'_>, command: &Command) -> Result<Option<Known>, EngineError> {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use stemedb_raft::codec::{self, CodecError};
 use uuid::Uuid;
 
+use super::members::{End, Intent};
 use super::permits::Permit;
 use crate::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
 
@@ -85,6 +86,8 @@ pub enum Operation {
     },
     /// Who may rebuild. Never taken from clients: nodes and their leader make these.
     Rebuild(RebuildCommand),
+    /// Who is to become a member or to leave. Never taken from clients: the leader makes these.
+    Members(MemberCommand),
 }
 
 /// A change to the permit to rebuild; the rules are in `permits`.
@@ -120,6 +123,50 @@ pub enum RebuildCommand {
     },
 }
 
+/// A step of a change of the members; the rules are in `members`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemberCommand {
+    /// It begins, unless another one goes on. What it was given so far is ignored.
+    Begin(Box<Intent>),
+    /// The node that comes has asked for its Raft id.
+    TakePlace {
+        /// The job.
+        job: u128,
+        /// The node's own number for its way in.
+        node_job: u128,
+        /// A Raft id above every one that the leader knows of.
+        id_min: u64,
+    },
+    /// The voters are about to change.
+    Announce {
+        /// The job.
+        job: u128,
+        /// Every Raft id of the node that leaves.
+        leaves: Vec<u64>,
+    },
+    /// They do not change for the time being: a node has failed meanwhile.
+    Withdraw {
+        /// The job.
+        job: u128,
+    },
+    /// It is to be undone.
+    Cancel {
+        /// The job.
+        job: u128,
+    },
+    /// It is done, or undone.
+    End {
+        /// The job.
+        job: u128,
+        /// How.
+        end: End,
+        /// One sentence.
+        detail: String,
+        /// When, Unix milliseconds.
+        ended_unix_ms: u64,
+    },
+}
+
 /// What applying a command answered the first time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Outcome {
@@ -129,6 +176,8 @@ pub enum Outcome {
     Refused(Refusal),
     /// The permit to rebuild that is held now.
     Permit(Permit),
+    /// The change of the members as it is now.
+    Member(Box<Intent>),
 }
 
 /// An outcome, and whether it is the first answer or the repetition of one.
@@ -205,6 +254,20 @@ pub enum Refusal {
         name: String,
         /// How often within a day.
         times: u64,
+    },
+    /// Another change of the members goes on.
+    MembersBusy {
+        /// Its job.
+        job: u128,
+        /// `member-add`, `member-remove` or `member-replace`.
+        kind: String,
+        /// The node that it is about.
+        name: String,
+    },
+    /// That change of the members has ended, or is past this step.
+    MembersVoid {
+        /// Its job.
+        job: u128,
     },
 }
 

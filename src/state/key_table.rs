@@ -202,7 +202,7 @@ impl KeyTable {
                 [receipt] => Slot::pack(receipt).map(|packed| (receipt.id, packed)),
                 _ => None,
             },
-            Outcome::Refused(_) | Outcome::Permit(_) => None,
+            Outcome::Refused(_) | Outcome::Permit(_) | Outcome::Member(_) => None,
         };
         let packed = match single {
             Some((id, index_and_created)) => {

@@ -11,7 +11,8 @@
 //! e name \0 index                                  who superseded it
 //! t created_at_ms                                  first fact index of that moment
 //! k key    x expires_at_ms key                     client keys, and the queue of their expiry
-//! m...                                             counters, imports, saved short-lived keys, permit to rebuild
+//! m...                                             counters, imports, saved short-lived keys, permit to rebuild,
+//!                                                  changes of the members
 //! ```
 //!
 //! `~` is descending order: the newest comes first, so that "the latest as of an index" is one seek
@@ -40,6 +41,8 @@ pub const SHORT_KEYS_LATE: &[u8] = b"mkeys-late";
 pub const SHORT_KEYS_CHUNK: &[u8] = b"mkeys/";
 /// Row with the permit to rebuild.
 pub const REBUILD_PERMITS: &[u8] = b"mrebuild";
+/// Row with what is to change about the members, and what has.
+pub const MEMBERS: &[u8] = b"mmembers";
 const IMPORT: &[u8] = b"mimport/";
 
 /// What a row behind an assertion's key says about it.

@@ -5,6 +5,7 @@ pub mod engine;
 pub mod key_table;
 pub mod keys;
 pub mod machine;
+pub mod members;
 pub mod outcome_record;
 pub mod permits;
 pub mod record;

@@ -14,6 +14,7 @@ const WHAT: &str = "outcome";
 const APPLIED: u8 = 1;
 const REFUSED: u8 = 2;
 const PERMIT: u8 = 3;
+const MEMBER: u8 = 4;
 
 /// Largest number of receipts a record may claim; a batch or chunk has at most 10,000 items, and the
 /// log's frames bound the rest.
@@ -39,6 +40,10 @@ pub fn push_outcome(out: &mut Vec<u8>, outcome: &Outcome) -> Result<(), codec::C
         Outcome::Permit(permit) => {
             out.push(PERMIT);
             out.extend_from_slice(&codec::encode(permit)?);
+        }
+        Outcome::Member(intent) => {
+            out.push(MEMBER);
+            out.extend_from_slice(&codec::encode(intent)?);
         }
     }
     Ok(())
@@ -70,6 +75,7 @@ pub fn decode_outcome(bytes: &[u8]) -> Result<Outcome, RecordError> {
         }
         Some((&REFUSED, refusal)) => codec::decode::<Refusal>(refusal).map(Outcome::Refused).map_err(|_| damaged),
         Some((&PERMIT, permit)) => codec::decode(permit).map(Outcome::Permit).map_err(|_| damaged),
+        Some((&MEMBER, intent)) => codec::decode(intent).map(Outcome::Member).map_err(|_| damaged),
         _ => Err(damaged),
     }
 }

@@ -43,6 +43,11 @@ impl Permit {
     pub fn expires_at_ms(&self) -> u64 {
         self.renewed_at_ms.saturating_add(PERMIT_MS)
     }
+
+    /// Seconds of log time until then.
+    pub fn left_s(&self, now_ms: u64) -> u64 {
+        self.expires_at_ms().saturating_sub(now_ms).div_ceil(1_000)
+    }
 }
 
 /// The permit and what its rules remember.
@@ -99,6 +104,20 @@ impl Book {
         }
     }
 
+    /// A Raft id of at least `id_min` that nobody ever had.
+    pub fn fresh_id(&mut self, id_min: u64) -> u64 {
+        self.id_highest = id_min.max(self.id_highest.saturating_add(1));
+        self.id_highest
+    }
+
+    /// Whether this grant would only renew what its rebuild holds.
+    pub fn is_renewal(&self, command: &RebuildCommand) -> bool {
+        match (command, &self.permit) {
+            (RebuildCommand::Grant { name, job, .. }, Some(held)) => held.name == *name && held.job == *job,
+            _ => false,
+        }
+    }
+
     fn grant(
         &mut self,
         name: &str,
@@ -114,8 +133,7 @@ impl Book {
                 return Ok(held.clone());
             }
             Some(held) if held.name != name && now_ms < held.expires_at_ms() => {
-                let left_s = held.expires_at_ms().saturating_sub(now_ms).div_ceil(1_000);
-                return Err(Refusal::RebuildHeld { by: held.name.clone(), expires_in_s: left_s });
+                return Err(Refusal::RebuildHeld { by: held.name.clone(), expires_in_s: held.left_s(now_ms) });
             }
             _ => {}
         }
@@ -132,8 +150,7 @@ impl Book {
             self.automatic.entry(name.to_owned()).or_default().push(now_ms);
         }
         self.automatic.retain(|_, times| !times.is_empty());
-        let fresh_id = id_min.max(self.id_highest.saturating_add(1));
-        self.id_highest = fresh_id;
+        let fresh_id = self.fresh_id(id_min);
         let permit = Permit {
             name: name.to_owned(),
             job,

@@ -7,7 +7,10 @@ use openraft::{EntryPayload, Membership};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use stemedb::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
-use stemedb::state::command::{Command, CommandKey, ENTRY_FORMAT, EntryBody, KeySource, Operation, RebuildCommand};
+use stemedb::state::command::{
+    Command, CommandKey, ENTRY_FORMAT, EntryBody, KeySource, MemberCommand, Operation, RebuildCommand,
+};
+use stemedb::state::members::{Change, End, Intent};
 use stemedb_raft::types::{Entry, EntryData, LogId, Member, TypeConfig};
 use uuid::Uuid;
 
@@ -124,8 +127,42 @@ impl Writer {
         }
     }
 
+    fn members(&mut self) -> MemberCommand {
+        let job = self.rng.random_range(0..3);
+        let name = format!("node-{}", self.rng.random_range(1..5));
+        match self.rng.random_range(0..7) {
+            0 | 1 => MemberCommand::Begin(Box::new(Intent {
+                job,
+                change: match self.rng.random_range(0..3) {
+                    0 => Change::Remove,
+                    1 => Change::Replace { old: "node-1".into(), learner: self.rng.random() },
+                    _ => Change::Add { learner: self.rng.random() },
+                },
+                name,
+                peer_addr: "a:1".into(),
+                http_addr: "a:2".into(),
+                forced: self.rng.random(),
+                cause: "an operator".into(),
+                began_unix_ms: self.now_ms,
+                place: None,
+                leaves: vec![],
+                changing: false,
+                cancelled: false,
+            })),
+            2 => MemberCommand::TakePlace { job, node_job: self.rng.random_range(0..3), id_min: 4 },
+            3 => MemberCommand::Announce { job, leaves: vec![self.rng.random_range(1..9)] },
+            4 => MemberCommand::Withdraw { job },
+            5 => MemberCommand::Cancel { job },
+            _ => {
+                let end = if self.rng.random() { End::Finished } else { End::Cancelled };
+                MemberCommand::End { job, end, detail: "over".into(), ended_unix_ms: self.now_ms }
+            }
+        }
+    }
+
     fn operation(&mut self) -> Operation {
-        match self.rng.random_range(0..14) {
+        match self.rng.random_range(0..16) {
+            14 | 15 => Operation::Members(self.members()),
             12 | 13 => Operation::Rebuild(self.rebuild()),
             0 => {
                 let supersedes = (self.epochs > 1 && self.rng.random())

@@ -49,7 +49,8 @@ pub fn tolerance(shared: &Shared, asked: &[Asked]) -> Tolerance {
     let own_id = shared.local.load().node_id;
     let is_voter = shared.view.borrow().membership.voter_ids().any(|id| id == own_id);
     let own = is_voter.then(|| (shared.name().to_owned(), shared.silenced()));
-    let others = asked.iter().filter(|other| other.voter).map(|other| (other.member.name.clone(), ill(&other.status)));
+    let others =
+        asked.iter().filter(|other| other.voter).map(|other| (other.member.name.clone(), ill(&other.status, true)));
     let (mut working, mut not_working) = (Vec::new(), Vec::new());
     for (name, ill) in own.into_iter().chain(others) {
         match ill {
@@ -60,8 +61,8 @@ pub fn tolerance(shared: &Shared, asked: &[Asked]) -> Tolerance {
     Tolerance::of(working, not_working, shared.name())
 }
 
-/// Why a node with this status does not work as a voter, if so.
-fn ill(status: &Result<StatusReply, String>) -> Option<String> {
+/// Why a node with this status does not work as a voter, or as a learner that may become one, if so.
+pub fn ill(status: &Result<StatusReply, String>, is_voter: bool) -> Option<String> {
     match status {
         Err(why) => Some(format!("it does not answer ({why})")),
         Ok(status) => status
@@ -70,7 +71,8 @@ fn ill(status: &Result<StatusReply, String>) -> Option<String> {
             .map(|why| format!("its disk is {} ({why})", status.disk.state.word()))
             .or_else(|| {
                 let votes = [Role::Leader, Role::Follower, Role::Candidate].map(Role::word).contains(&&*status.role);
-                (!votes).then(|| format!("it is {}", status.role))
+                let learns = !is_voter && status.role == Role::Learner.word();
+                (!votes && !learns).then(|| format!("it is {}", status.role))
             }),
     }
 }

@@ -11,6 +11,7 @@
 //! forgotten with their process: a flow whose node dies has no other state than leadership, which an election moves.
 
 mod board;
+mod compact;
 mod drain;
 pub(crate) mod fail_point;
 mod failover;
@@ -30,9 +31,11 @@ use crate::admin::{
 pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS};
 pub use self::{
     board::{Board, NotCancelled},
+    compact::order_compact,
     drain::{DrainOrder, DrainPlan, order_drain, order_undrain, plan_drain},
-    failover::{Candidate, FailoverPlan, order_failover, plan_failover},
+    failover::{Candidate, FailoverPlan, move_leadership, order_failover, plan_failover},
     mark::{DrainMark, DrainWatch},
+    members::{Asked, ask_all, candidates, ill},
     stop::stop_gently,
     traffic::Traffic,
 };
@@ -41,6 +44,8 @@ pub use self::{
 pub struct Flows {
     /// The jobs.
     pub board: Arc<Board>,
+    /// Compactions: they are in nobody's way.
+    pub compactions: Arc<Board>,
     /// How far out of traffic this node is.
     pub drain: DrainWatch,
     /// Requests of clients that are under way.
@@ -50,7 +55,12 @@ pub struct Flows {
 impl Flows {
     /// Of a process over this folder, which may have been drained before for longer than one process.
     pub fn open(data_dir: &Path) -> Result<Flows, FileError> {
-        Ok(Flows { board: Board::new(), drain: DrainWatch::open(data_dir)?, traffic: Traffic::default() })
+        Ok(Flows {
+            board: Board::new(),
+            compactions: Board::new(),
+            drain: DrainWatch::open(data_dir)?,
+            traffic: Traffic::default(),
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use openraft::Membership;
 use serde::{Serialize, de::DeserializeOwned};
-use stemedb_net::{LocalIdentity, Peer};
+use stemedb_net::{CallError, LocalIdentity, Peer};
 use stemedb_raft::types::{Member, StoredMembership};
 
 use super::{
@@ -19,6 +19,8 @@ use crate::node::{
 
 /// How long the leader may take for the grant or a step: it waits 10 s for a commit itself.
 const LEADER_REPLY_MAX: Duration = Duration::from_secs(12);
+/// How long a node may take to answer at all.
+const ANSWERS_MAX: Duration = Duration::from_secs(1);
 /// The boot under which files are fetched; the first start under the fresh id has the next one.
 const PULLING_BOOT: u64 = 1;
 
@@ -26,6 +28,18 @@ pub(super) async fn call<A: DeserializeOwned>(peer: &Peer, kind: Kind, request: 
     let body = pack(request).map_err(|e| e.to_string())?;
     let answer = peer.call(kind.number(), body, LEADER_REPLY_MAX).await.map_err(|e| e.to_string())?;
     unpack(&answer).map_err(|e| e.to_string())
+}
+
+/// Whether anybody answers at `addr`, whatever the answer.
+pub(super) async fn answers(shared: &Shared, addr: &str) -> Result<(), String> {
+    let body = pack(&()).map_err(|e| e.to_string())?;
+    let peer = shared.peers.probe(addr);
+    let answer = peer.call(Kind::Probe.number(), body, ANSWERS_MAX).await;
+    peer.close();
+    match answer {
+        Ok(_) | Err(CallError::Refused { .. }) => Ok(()),
+        Err(silent) => Err(silent.to_string()),
+    }
 }
 
 /// Asks one node after the other until one decides; follows one hint for the leader.
@@ -38,6 +52,11 @@ pub async fn ask_any(shared: &Shared, addresses: Vec<String>, ask: &Ask) -> AskR
             continue;
         }
         asked.push(addr.clone());
+        // One that is gone for good would take all the time that an answer may take.
+        if let Err(text) = answers(shared, &addr).await {
+            why.push(format!("{addr}: {text}"));
+            continue;
+        }
         let peer = shared.peers.probe(&addr);
         let reply = call::<AskReply>(&peer, Kind::RebuildAsk, ask).await;
         peer.close();

@@ -67,10 +67,12 @@ pub struct StepReport {
 pub struct JobReport {
     /// Its id.
     pub id: String,
-    /// `rebuild`, `drain`, `undrain` or `failover`.
+    /// `rebuild`, `drain`, `undrain`, `failover`, `member-add`, `member-remove` or `member-replace`.
     pub kind: &'static str,
-    /// Name of the node that it runs on.
+    /// Name of the node that it runs on, or that it is about.
     pub node: String,
+    /// It belongs to the whole cluster and no node runs it: every node can be asked.
+    pub cluster: bool,
     /// State.
     pub state: JobState,
     /// What is being done, for example `pulling` or `handing over leadership`.

@@ -23,6 +23,7 @@ use crate::{
     clock,
     node::{
         core::{Core, Role, Shared},
+        members,
         messages::{ProposeAnswer, StatusReply, pack, unpack},
         read, status,
     },
@@ -148,6 +149,9 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
         Err(why) => return AskReply::Failed(why),
     };
     let resumes = held.as_ref().filter(|p| p.name == ask.name && p.job == ask.job);
+    if resumes.is_none() && voter_named(membership, &ask.name).is_none() {
+        return members::join::place(shared, core, membership, ask, cluster_id, own_id).await;
+    }
     // Once its files are put away there is nothing more to lose by going on. Before that it is looked at again: another
     // node may have failed since the grant.
     if resumes.is_none() || !ask.emptied {
@@ -192,6 +196,9 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
         Ok(Outcome::Refused(command::Refusal::RebuildHeld { by, .. })) => {
             AskReply::Refused(Refusal::Waits(vec![format!("{by}: it is being rebuilt, and one node at a time may be")]))
         }
+        Ok(Outcome::Refused(command::Refusal::MembersBusy { name, .. })) => {
+            AskReply::Refused(Refusal::Waits(vec![format!("the voters to have changed: {name} comes or leaves")]))
+        }
         Ok(Outcome::Refused(command::Refusal::RebuiltTooOften { name, times })) => {
             AskReply::Refused(Refusal::Operator(format!(
                 "{name} has rebuilt itself {times} times within a day; an operator decides whether its disk is good enough for \
@@ -208,7 +215,8 @@ fn not_leader(shared: &Shared) -> AskReply {
     AskReply::NotLeader { leader_addr: leader.map(|leader| leader.addr) }
 }
 
-fn members_of(membership: &StoredMembership) -> Vec<KnownMember> {
+/// The members as a view of the cluster has them.
+pub fn members_of(membership: &StoredMembership) -> Vec<KnownMember> {
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
     let known =
         |(id, member): (&u64, &Member)| KnownMember { id: *id, member: member.clone(), voter: voters.contains(id) };
@@ -316,13 +324,18 @@ async fn book(shared: &Shared, core: &Core, committed: u64) -> Result<Book, Stri
 }
 
 async fn propose(shared: &Shared, core: &Core, command: RebuildCommand) -> Result<Outcome, String> {
+    propose_op(shared, core, Operation::Rebuild(command)).await
+}
+
+/// Proposes a command of a node, here, and waits for its outcome; the error says that it is not known.
+pub async fn propose_op(shared: &Shared, core: &Core, op: Operation) -> Result<Outcome, String> {
     let window_ms = u64::try_from(COMMIT_MAX.as_millis()).unwrap_or(u64::MAX);
     let command = Command {
         key: CommandKey { source: KeySource::Node, id: uuid::Uuid::now_v7().as_u128() },
         body_hash: 0,
         resend_until_ms: shared.log_time_ms().saturating_add(window_ms),
         created_at_ms: clock::unix_ms(),
-        op: Operation::Rebuild(command),
+        op,
     };
     let pending = core.proposer.propose(Arc::new(command)).map_err(|e| format!("{e:?}"))?;
     match tokio::time::timeout(COMMIT_MAX, pending).await {
@@ -364,6 +377,9 @@ async fn carry_out(shared: &Shared, request: StepRequest) -> Result<StepReply, S
             if !is_joint(&membership) && membership.voter_ids().any(|id| id == fresh_id) {
                 return Ok(StepReply::Done);
             }
+            if let Some(reply) = members::join::step(shared, core, &name, fresh_id, &step).await? {
+                return Ok(reply);
+            }
             let by = held.map_or_else(|| "nobody".to_owned(), |p| format!("{} as id {}", p.name, p.fresh_id));
             return Ok(StepReply::Stale(format!("the permit for id {fresh_id} is void; held by {by}")));
         }
@@ -376,7 +392,7 @@ async fn carry_out(shared: &Shared, request: StepRequest) -> Result<StepReply, S
 }
 
 /// Within the time for a commit.
-async fn bounded<T, E: ToString>(change: impl Future<Output = Result<T, E>>) -> Result<T, String> {
+pub async fn bounded<T, E: ToString>(change: impl Future<Output = Result<T, E>>) -> Result<T, String> {
     match tokio::time::timeout(COMMIT_MAX, change).await {
         Ok(result) => result.map_err(|e| e.to_string()),
         Err(_) => Err(format!("the members did not change within {COMMIT_MAX:?}")),

@@ -45,13 +45,18 @@ pub enum Need {
     Tree(String),
     /// Log or vote cannot be used any more: the node comes back under a fresh id.
     Node(String),
+    /// There is nothing yet: the node is to become a member.
+    Place(String),
 }
+
+/// Why a node takes the way of a rebuild to come in. It stands in the journal.
+pub const PLACE_WHY: &str = "it is being added to the cluster";
 
 impl Need {
     /// Why, one sentence.
     pub fn why(&self) -> &str {
         match self {
-            Need::Tree(why) | Need::Node(why) => why,
+            Need::Tree(why) | Need::Node(why) | Need::Place(why) => why,
         }
     }
 }

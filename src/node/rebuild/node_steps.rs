@@ -8,7 +8,7 @@ use stemedb_raft::types::Member;
 use tokio::time::Instant;
 
 use super::{
-    ask::{ask_any, call, known_members, membership_of, pulling_identity},
+    ask::{answers, ask_any, call, known_members, membership_of, pulling_identity},
     desk::{JobState, Order, job_id},
     journal::Journal,
     messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply, StepRequest},
@@ -217,7 +217,7 @@ impl Runner {
         }
     }
 
-    pub(super) async fn pull(&mut self, order: Option<Order>) -> Done {
+    pub(super) async fn pull(&mut self, shared: &Shared, order: Option<Order>) -> Done {
         self.show("pulling");
         let mut journal = self.journal()?;
         let from = order.and_then(|order| order.from).or_else(|| journal.from.clone());
@@ -234,6 +234,11 @@ impl Runner {
         let mut why = Vec::new();
         let others = pull::sources(&journal.members, own, leader, None);
         for source in sources {
+            // A member that is gone for good would take all the time that an offer may take.
+            if let Err(silent) = answers(shared, &source.member.peer_addr).await {
+                why.push(format!("{}: {silent}", source.member.name));
+                continue;
+            }
             let pulled = {
                 let progress = &self.desk.progress;
                 let pulling = pull::pull(&peers, &source, &others, &self.data_dir, &mut throttle, progress);
@@ -357,7 +362,16 @@ impl Runner {
         let own = &self.process.config.node.name;
         let request = StepRequest { name: own.clone(), fresh_id: journal.fresh_id, step };
         let mut why = Vec::new();
-        for known in pull::sources(&journal.members, own, None, None).iter().filter(|known| known.voter) {
+        let leader = shared.view.borrow().leader.as_ref().map_or(journal.leader, |leader| leader.id);
+        let mut voters = pull::sources(&journal.members, own, None, None);
+        voters.retain(|known| known.voter);
+        // The leader first. Of the others one may be gone for good.
+        voters.sort_by_key(|known| known.id != leader);
+        for known in &voters {
+            if let Err(silent) = answers(shared, &known.member.peer_addr).await {
+                why.push(format!("{}: {silent}", known.member.name));
+                continue;
+            }
             let peer = shared.peers.to(known.id, &known.member.peer_addr, Lane::Control);
             match call::<StepReply>(&peer, Kind::RebuildStep, &request).await {
                 Ok(StepReply::NotLeader) => why.push(format!("{} does not lead", known.member.name)),

@@ -36,7 +36,7 @@ impl PartFile {
             Err(error) => return Err(error),
         };
         file.set_len(from)?;
-        if direct && from % ALIGN as u64 != 0 {
+        if direct && !from.is_multiple_of(ALIGN as u64) {
             return Ok(PartFile { file: how.open(path)?, at: from, room: Vec::new(), direct: false });
         }
         Ok(PartFile { file, at: from, room: Vec::new(), direct })

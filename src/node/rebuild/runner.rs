@@ -129,7 +129,7 @@ pub(super) struct Runner {
 /// Why the current incarnation should be rebuilt, if so.
 pub(super) fn need(shared: &Shared) -> Option<Need> {
     let known = shared.need.borrow().clone();
-    if matches!(known, Some(Need::Node(_))) {
+    if matches!(known, Some(Need::Node(_) | Need::Place(_))) {
         return known;
     }
     let disk = shared.disk.health();
@@ -173,9 +173,10 @@ impl Runner {
     fn view(&self, shared: &Shared, order: Option<&Order>) -> View {
         View {
             phase: self.journal.as_ref().map(|j| j.phase),
-            needed: matches!(need(shared), Some(Need::Node(_))),
+            needed: matches!(need(shared), Some(Need::Node(_) | Need::Place(_))),
             ordered: order.is_some(),
-            automatic: self.process.config.cluster.auto_rebuild,
+            // A node that is to come has been asked for by an operator.
+            automatic: self.process.config.cluster.auto_rebuild || matches!(need(shared), Some(Need::Place(_))),
             operator_decides: self.operator_decides,
             folder_good: self.folder_good,
             core_open: is_open(shared),
@@ -195,6 +196,11 @@ impl Runner {
         let mut pause = PAUSE_MIN;
         while !stop.is_cancelled() {
             let Some(shared) = self.process.current() else { return };
+            if self.process.members.removed().is_some() {
+                // Nothing brings this id back.
+                stop.cancelled().await;
+                return;
+            }
             let order = self.desk.ordered();
             let step = match self.concerns_tree(&shared, order.as_ref()) {
                 true => Which::Tree(tree::next(&self.tree_view(&shared))),
@@ -204,7 +210,8 @@ impl Runner {
                 }
             };
             let begins = matches!(step, Which::Node(Step::Probe | Step::Begin));
-            if begins && order.is_none() && self.journal.is_none() {
+            let failed = !matches!(need(&shared), Some(Need::Place(_)));
+            if begins && failed && order.is_none() && self.journal.is_none() {
                 let at = *self.settled_at.get_or_insert_with(|| Instant::now() + SETTLE);
                 if Instant::now() < at {
                     tokio::select! {
@@ -273,7 +280,7 @@ impl Runner {
             Step::StartOver => self.start_over().await,
             Step::Probe => self.probe(shared, order).await,
             Step::Ask => self.ask(shared, order).await,
-            Step::Pull => self.pull(order).await,
+            Step::Pull => self.pull(shared, order).await,
             Step::Join => self.join(shared).await,
             Step::Promote => self.promote(shared).await,
             Step::Rest | Step::AwaitOperator => Ok(()),
@@ -282,7 +289,8 @@ impl Runner {
 
     /// Whether the tree alone is to be replaced, and nothing else is asked for or under way.
     fn concerns_tree(&self, shared: &Shared, order: Option<&Order>) -> bool {
-        let whole = self.journal.is_some() || order.is_some() || matches!(need(shared), Some(Need::Node(_)));
+        let whole_needed = matches!(need(shared), Some(Need::Node(_) | Need::Place(_)));
+        let whole = self.journal.is_some() || order.is_some() || whole_needed;
         !whole && (self.tree.is_some() || need(shared).is_some())
     }
 

@@ -95,7 +95,7 @@ impl Runner {
         let job = self.tree.as_ref();
         View {
             needed: matches!(need(shared), Some(Need::Tree(_))),
-            alone: self.process.peers.len() < 2,
+            alone: self.process.peers.len() < 2 && shared.view.borrow().membership.nodes().nth(1).is_none(),
             automatic: self.process.config.cluster.auto_rebuild,
             begun: job.is_some(),
             hopeless: job.is_some_and(|job| job.hopeless.is_some()),

@@ -51,8 +51,8 @@ impl Facts<'_, '_> {
                 self.entry.put(key, encode_number(*position_after));
                 Ok(receipts)
             }
-            // Not a fact: `Applier::permit` takes it before.
-            Operation::Rebuild(_) => Ok(Vec::new()),
+            // No facts: `Applier::permit` and `Applier::members` take them before.
+            Operation::Rebuild(_) | Operation::Members(_) => Ok(Vec::new()),
         }
     }
 

@@ -7,6 +7,7 @@ use super::*;
 use crate::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
 use crate::state::command::*;
 use crate::state::keys::{self, FactKind};
+use crate::state::members::{Change, End, Intent, MemberBook};
 use crate::state::outcome_record::ClientKeyRecord;
 use crate::state::permits::Book;
 use crate::state::test_support::{START_MS, uuid};
@@ -157,6 +158,58 @@ fn too_often() -> Outcome {
     Outcome::Refused(Refusal::RebuiltTooOften { name: "node-1".into(), times: 2 })
 }
 
+fn intent() -> Intent {
+    Intent {
+        job: 9,
+        change: Change::Replace { old: "node-3".into(), learner: false },
+        name: "node-4".into(),
+        peer_addr: "10.0.0.4:18280".into(),
+        http_addr: "10.0.0.4:18180".into(),
+        forced: false,
+        cause: "an operator".into(),
+        began_unix_ms: START_MS,
+        place: None,
+        leaves: vec![],
+        changing: false,
+        cancelled: false,
+    }
+}
+
+fn member_commands() -> Vec<MemberCommand> {
+    let (job, detail) = (9, "done".to_owned());
+    vec![
+        MemberCommand::Begin(Box::new(intent())),
+        MemberCommand::TakePlace { job, node_job: 77, id_min: 4 },
+        MemberCommand::Announce { job, leaves: vec![3] },
+        MemberCommand::Withdraw { job },
+        MemberCommand::Announce { job, leaves: vec![3] },
+        MemberCommand::End { job, end: End::Finished, detail, ended_unix_ms: START_MS + 1 },
+        MemberCommand::Begin(Box::new(Intent { job: 10, change: Change::Add { learner: true }, ..intent() })),
+        MemberCommand::Cancel { job: 10 },
+    ]
+}
+
+fn members_entry() -> EntryBody {
+    let commands = member_commands().into_iter().map(|op| command(Operation::Members(op))).collect();
+    EntryBody { format: ENTRY_FORMAT, log_time_ms: START_MS, commands }
+}
+
+fn member_book() -> MemberBook {
+    let (mut members, mut permits) = (MemberBook::default(), Book::default());
+    for command in member_commands() {
+        members.apply(&command, &mut permits, 300, START_MS).unwrap();
+    }
+    members
+}
+
+fn member() -> Outcome {
+    Outcome::Member(Box::new(intent()))
+}
+
+fn members_busy() -> Outcome {
+    Outcome::Refused(Refusal::MembersBusy { job: 9, kind: "member-add".into(), name: "node-4".into() })
+}
+
 /// Everything that reaches a disk from here: name and bytes.
 fn forms() -> Vec<(&'static str, Vec<u8>)> {
     let key = keys::assertion("debian/net/curl", "version", 70_000);
@@ -199,6 +252,11 @@ fn forms() -> Vec<(&'static str, Vec<u8>)> {
         ("client key permit", client_key(permit()).encode().unwrap()),
         ("client key rebuild held", client_key(held()).encode().unwrap()),
         ("client key rebuilt too often", client_key(too_often()).encode().unwrap()),
+        ("entry members", members_entry().encode().unwrap()),
+        ("members", member_book().encode().unwrap()),
+        ("client key member", client_key(member()).encode().unwrap()),
+        ("client key members busy", client_key(members_busy()).encode().unwrap()),
+        ("client key members void", client_key(Outcome::Refused(Refusal::MembersVoid { job: 9 })).encode().unwrap()),
     ]
 }
 
@@ -241,12 +299,16 @@ fn records_come_back() {
         permit(),
         held(),
         too_often(),
+        member(),
+        members_busy(),
     ] {
         let record = client_key(outcome);
         assert_eq!(ClientKeyRecord::decode(&record.encode().unwrap()), Ok(record));
     }
     assert_eq!(EntryBody::decode(&entry().encode().unwrap()).unwrap(), entry());
     assert_eq!(EntryBody::decode(&rebuild_entry().encode().unwrap()).unwrap(), rebuild_entry());
+    assert_eq!(EntryBody::decode(&members_entry().encode().unwrap()).unwrap(), members_entry());
+    assert_eq!(MemberBook::decode(Some(&member_book().encode().unwrap())), Ok(member_book()));
 }
 
 #[test]

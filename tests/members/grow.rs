@@ -1,0 +1,90 @@
+//! A cluster grows and shrinks, and whoever was removed knows it.
+
+use stemedb::config::MemberRole;
+
+use super::support::Cluster;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_are_added_as_voters_and_the_leader_is_removed_for_good() {
+    let mut cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    let follower = (leader + 1) % 3;
+    for n in 0..20 {
+        cluster.write(n % 3, &format!("before-{n}")).await;
+    }
+    let fourth = cluster.spare("node-4", MemberRole::Voter).await;
+    cluster
+        .until("the new node to say what it waits for", async |c| {
+            let health = c.node(fourth).health();
+            (health.status == "waiting" && health.place.is_some_and(|p| p.contains("stemedb member add node-4")))
+                .then_some(())
+        })
+        .await;
+    assert!(cluster.node(fourth).is_ready().unwrap_err().contains("member add"));
+
+    let plan = cluster.taken(follower, cluster.add(fourth, "?dry_run=true")).await;
+    assert_eq!((&plan["allowed"], &plan["outlook"]["failures_after"]), (&true.into(), &1.into()), "{plan}");
+    assert_eq!(plan["outlook"]["voters_after"].as_array().unwrap().len(), 4);
+    let job = cluster.taken(follower, cluster.add(fourth, "")).await;
+    assert_eq!((&job["state"], &job["kind"]), (&"finished".into(), &"member-add".into()), "{job}");
+    cluster.voters(&[0, 1, 2, fourth]).await;
+    assert_eq!(cluster.count(fourth).await, 20);
+    cluster.write(fourth, "through the new node").await;
+
+    let fifth = cluster.spare("node-5", MemberRole::Voter).await;
+    cluster.until("the fifth to wait", async |c| (c.node(fifth).health().status == "waiting").then_some(())).await;
+    // Any node takes it, also the one that was just added; and every node can tell of it.
+    let job = cluster.taken(fourth, cluster.add(fifth, "")).await;
+    let id = job["id"].as_str().unwrap();
+    cluster.voters(&[0, 1, 2, fourth, fifth]).await;
+    for i in 0..5 {
+        let shown = cluster.ended(i, id, "finished").await;
+        assert_eq!((&shown["detail"], &shown["node"]), (&job["detail"], &"node-5".into()), "{shown}");
+    }
+
+    // The leader itself is asked to leave: it gives leadership away, and the job goes on at the next one.
+    let leader = cluster.leader().await;
+    let job = cluster.taken(leader, cluster.remove(leader, "")).await;
+    assert_eq!(job["state"], "finished", "{job}");
+    let rest: Vec<usize> = (0..5).filter(|i| *i != leader).collect();
+    cluster.voters(&rest).await;
+    is_out(&cluster, leader).await;
+    cluster.write(rest[0], "without the old leader").await;
+
+    // It stays out after a restart, and the others do without it.
+    cluster.stop(leader).await;
+    cluster.restart(leader).await;
+    is_out(&cluster, leader).await;
+    let shown = cluster.ended(rest[1], job["id"].as_str().unwrap(), "finished").await;
+    assert!(shown["detail"].as_str().unwrap().contains("has left; of 4 voters 3 must work"), "{shown}");
+
+    // With an empty folder it may come again, under its name and another id.
+    cluster.stop(leader).await;
+    cluster.empty(leader);
+    cluster.restart(leader).await;
+    cluster.until("it to wait", async |c| (c.node(leader).health().status == "waiting").then_some(())).await;
+    cluster.taken(rest[0], cluster.add(leader, "")).await;
+    cluster.voters(&[0, 1, 2, fourth, fifth]).await;
+    for i in 0..5 {
+        assert_eq!(cluster.count(i).await, 22, "node {i}");
+    }
+    cluster.stop_all().await;
+}
+
+/// A removed node says so and answers nothing.
+async fn is_out(cluster: &Cluster, i: usize) {
+    cluster
+        .until("the removed node to know it", async |c| {
+            let health = c.node(i).health();
+            (health.status == "removed" && c.node(i).refuses().is_some()).then_some(())
+        })
+        .await;
+    let name = cluster.name(i);
+    assert!(cluster.node(i).is_ready().unwrap_err().contains(&format!("stemedb member add {name}")));
+    let answer = cluster.get(i, "/v1/query?concept_path=test/members").await;
+    assert_eq!((answer.status, &*answer.problem().kind), (503, "/problems/node-removed"));
+    let body = r#"{"concept_path": "test/members", "predicate": "p", "value": 1}"#;
+    let write = stemedb::cli::http_client::Call::post("/v1/assert", body);
+    let (kind, detail) = cluster.refused(i, write).await;
+    assert!(kind == "node-removed" && detail.contains("was removed from the cluster"), "{kind}: {detail}");
+}

@@ -1,6 +1,13 @@
 //! Three hosts whose network comes apart: the majority serves, the minority refuses and never answers from the past,
 //! and afterwards nothing is lost and nobody is disturbed. Real processes in network namespaces, links cut by nftables.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout, missing_docs)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    missing_docs
+)]
 
 #[path = "partitions/hosts.rs"]
 mod hosts;

@@ -33,7 +33,7 @@ export STEMEDB_ENDPOINTS=127.0.0.1:18580,127.0.0.1:18581,127.0.0.1:18582
 
 tree_mib() { du -sm "$work/data/node-$1/kv" | cut -f1; }
 while [ "$(tree_mib 1)" -lt "$mib" ]; do
-    "$stemedb" bench --op write --clients 16 --batch 16 --value 8192 --secs 5 --warmup 0 >/dev/null
+    "$stemedb" bench --op write --clients 16 --batch 16 --value 16384 --secs 5 --warmup 0 >/dev/null
     printf '\rtree: %s of %s MiB' "$(tree_mib 1)" "$mib" >&2
 done
 echo >&2

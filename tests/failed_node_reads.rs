@@ -1,11 +1,12 @@
 //! A node whose disk has failed answers reads through the others: three nodes with their HTTP listeners.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod cluster_rig;
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use stemedb::{
     api,
-    config::{Config, PeerEntry},
     metrics::Metrics,
     node::{Ground, Node},
 };
@@ -49,34 +50,12 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reads_at_a_node_with_a_failed_disk_are_answered_by_another() {
     let dir = tempfile::tempdir().unwrap();
-    let mut peers = Vec::new();
-    let mut listeners = Vec::new();
-    for i in 1..=3 {
-        let (peer, http) =
-            (TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap());
-        let (addr, http_addr) = (peer.local_addr().unwrap().to_string(), http.local_addr().unwrap().to_string());
-        peers.push(PeerEntry { name: format!("node-{i}"), addr, http: http_addr });
-        listeners.push((peer, http));
-    }
+    let (peers, listeners) = cluster_rig::nodes(3).await;
     let disks: Vec<SimDisk> = (0..3).map(|_| SimDisk::new()).collect();
     let stop = CancellationToken::new();
     let (mut nodes, mut addrs, mut serving) = (Vec::new(), Vec::new(), Vec::new());
     for (i, (peer, http)) in listeners.into_iter().enumerate() {
-        let mut config = Config::default();
-        // A test needs no reserve for a full disk, and there are many nodes at once.
-        config.storage.ballast_mb = 0;
-        // A busy machine is not a hanging disk.
-        (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
-        config.node.name = peers[i].name.clone();
-        config.node.data_dir = dir.path().join(&peers[i].name);
-        config.cluster.peers = peers.clone();
-        config.cluster.bootstrap_expect = 3;
-        config.cluster.auto_rebuild = false;
-        config.cluster.heartbeat_ms = 100;
-        config.cluster.election_min_ms = 600;
-        config.cluster.election_max_ms = 1_200;
-        // However slow the machine is, a request gets its answer.
-        config.cluster.request_deadline_ms = 60_000;
+        let config = cluster_rig::config(&peers, i, dir.path());
         let ground = Ground { peer_listener: Some(peer), disk: disks[i].shared(), ..Ground::default() };
         let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();
         addrs.push(http.local_addr().unwrap());

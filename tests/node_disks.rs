@@ -5,6 +5,7 @@
 #[allow(dead_code)]
 #[path = "node_failure/cluster.rs"]
 mod cluster;
+mod cluster_rig;
 
 use std::time::Duration;
 

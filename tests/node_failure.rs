@@ -6,6 +6,7 @@
 
 #[path = "node_failure/cluster.rs"]
 mod cluster;
+mod cluster_rig;
 #[path = "node_failure/returns.rs"]
 mod returns;
 

@@ -2,6 +2,8 @@
 //! the damage. The scrubber does on a leader and on a follower, and a leader that sends old entries to a follower does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod cluster_rig;
+
 use std::{
     ops::Range,
     path::PathBuf,
@@ -13,7 +15,7 @@ use std::{
 };
 
 use stemedb::{
-    config::{Config, PeerEntry},
+    config::PeerEntry,
     metrics::Metrics,
     model::NewAssertion,
     node::{Consistency, Ground, Node},
@@ -42,19 +44,11 @@ struct Cluster {
 
 impl Cluster {
     async fn start() -> Cluster {
-        if std::env::var_os("STEMEDB_TEST_LOG").is_some() {
-            let _set_before = tracing_subscriber::fmt().with_writer(std::io::stderr).try_init();
-        }
-        let (mut peers, mut listeners) = (Vec::new(), Vec::new());
-        for i in 1..=3 {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let addr = listener.local_addr().unwrap().to_string();
-            peers.push(PeerEntry { name: format!("node-{i}"), addr, http: String::new() });
-            listeners.push(listener);
-        }
+        cluster_rig::log_if_wanted();
+        let (peers, listeners) = cluster_rig::nodes(3).await;
         let disks = (0..3).map(|_| SimDisk::new()).collect();
         let mut cluster = Cluster { dir: tempfile::tempdir().unwrap(), peers, disks, nodes: vec![] };
-        for (i, listener) in listeners.into_iter().enumerate() {
+        for (i, (listener, _)) in listeners.into_iter().enumerate() {
             let node = cluster.start_on(i, listener).await;
             cluster.nodes.push(Some(node));
         }
@@ -63,21 +57,9 @@ impl Cluster {
     }
 
     async fn start_on(&self, i: usize, listener: TcpListener) -> Arc<Node> {
-        let mut config = Config::default();
-        config.storage.ballast_mb = 0;
+        let mut config = cluster_rig::config(&self.peers, i, self.dir.path());
         // Passes are ordered here.
         config.storage.scrub_mb_per_s = 0;
-        config.cluster.auto_rebuild = false;
-        (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
-        config.node.name = self.peers[i].name.clone();
-        config.node.data_dir = self.dir.path().join(&self.peers[i].name);
-        config.cluster.peers = self.peers.clone();
-        config.cluster.bootstrap_expect = 3;
-        config.cluster.heartbeat_ms = 100;
-        config.cluster.election_min_ms = 600;
-        config.cluster.election_max_ms = 1_200;
-        config.cluster.request_deadline_ms = 60_000;
-        config.wal.segment_size_mb = 1;
         let ground = Ground { peer_listener: Some(listener), disk: self.disks[i].shared(), ..Ground::default() };
         Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap()
     }

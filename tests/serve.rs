@@ -80,8 +80,9 @@ async fn nobody_can_connect_while_the_node_cannot_answer() {
     cluster.wait_ready(READY).await.unwrap();
     // A second process waits for the folder of the first one, with a port of its own.
     let port = free_port(1).unwrap();
-    let mut second = Command::new(env!("CARGO_BIN_EXE_stemedb"));
-    second.args(["serve", "--config", node.config_file().to_str().unwrap()]).stdin(Stdio::null()).stderr(Stdio::null());
+    let mut second = tokio::process::Command::new(env!("CARGO_BIN_EXE_stemedb"));
+    second.args(["serve", "--config", node.config_file().to_str().unwrap()]).stdin(Stdio::null());
+    second.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     for set in [
         format!("http.listen=127.0.0.1:{port}"),
         format!("cluster.peer_listen=127.0.0.1:{}", port + 100),

@@ -198,9 +198,9 @@ impl Applier {
     /// No fact: it leaves no receipt and no index.
     fn permit(&self, entry: &mut Overlay<'_>, command: &RebuildCommand) -> Result<Outcome, ApplyError> {
         let mut book = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
-        if matches!(command, RebuildCommand::Grant { .. }) && !book.is_renewal(command) {
+        if matches!(command, RebuildCommand::Grant { .. }) {
             let members = MemberBook::decode(entry.get(keys::MEMBERS)?.as_deref())?;
-            members.admits_grant().map_err(ApplyError::Rejected)?;
+            members.admits(command, &book).map_err(ApplyError::Rejected)?;
         }
         let change = book.apply(command, self.log_index, self.log_time_ms).map_err(ApplyError::Rejected)?;
         entry.put(keys::REBUILD_PERMITS, book.encode().map_err(encode_error)?);

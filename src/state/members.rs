@@ -13,7 +13,7 @@
 use serde::{Deserialize, Serialize};
 use stemedb_raft::codec::{self, CodecError};
 
-use super::command::{MemberCommand, Refusal};
+use super::command::{MemberCommand, RebuildCommand, Refusal};
 use super::permits;
 use super::record::{RECORD_FORMAT, Reader, RecordError};
 
@@ -181,10 +181,22 @@ impl MemberBook {
         self.ended.iter().rev().find(|ended| ended.intent.job == job)
     }
 
-    /// Whether a permit to rebuild may be given to another rebuild than the one that holds it: not while voters change.
-    pub fn admits_grant(&self) -> Result<(), Refusal> {
+    /// Whether an id was a member's that has left. It votes never again, and no rebuild takes its place.
+    pub fn has_removed(&self, id: u64) -> bool {
+        self.removed.iter().any(|removed| removed.id == id)
+    }
+
+    /// Whether a permit to rebuild may be given or renewed: never for a node that was removed, and not to another rebuild
+    /// than the one that holds it while voters change. The leader has looked before it proposed, but the node that asks
+    /// may have left since.
+    pub fn admits(&self, command: &RebuildCommand, permits: &permits::Book) -> Result<(), Refusal> {
+        let RebuildCommand::Grant { job, old_id, .. } = command else { return Ok(()) };
+        let renewed = permits.permit.as_ref().filter(|_| permits.is_renewal(command));
+        if self.has_removed(*old_id) || renewed.is_some_and(|held| self.has_removed(held.fresh_id)) {
+            return Err(void(*job));
+        }
         match &self.current {
-            Some(intent) if intent.changing => Err(Refusal::MembersBusy {
+            Some(intent) if intent.changing && renewed.is_none() => Err(Refusal::MembersBusy {
                 job: intent.job,
                 kind: intent.change.word().into(),
                 name: intent.name.clone(),
@@ -225,17 +237,21 @@ impl MemberBook {
                 if intent.cancelled {
                     return Err(void(*job));
                 }
-                if intent.changing {
-                    return Ok(intent.clone());
-                }
                 let leaving = intent.leaving().map(str::to_owned);
-                if let Some(held) = permits.permit.as_ref().filter(|held| now_ms < held.expires_at_ms()) {
-                    if leaving.as_ref() != Some(&held.name) {
+                match &permits.permit {
+                    // However old: a rebuild that was begun for the one that leaves must never come to its end.
+                    Some(held) if leaving.as_ref() == Some(&held.name) => permits.permit = None,
+                    Some(held) if !intent.changing && now_ms < held.expires_at_ms() => {
                         return Err(Refusal::RebuildHeld { by: held.name.clone(), expires_in_s: held.left_s(now_ms) });
                     }
-                    permits.permit = None;
+                    _ => {}
                 }
-                intent.leaves.clone_from(leaves);
+                // What an earlier announcement named may have left by now, and stays named.
+                let new = leaves.iter().filter(|id| !intent.leaves.contains(id)).copied().collect::<Vec<_>>();
+                intent.leaves.extend(new);
+                // The first ids of a cluster were given out by nobody: none of those that leave is ever given out again.
+                let leaves_highest = intent.leaves.iter().copied().max().unwrap_or_default();
+                permits.id_highest = permits.id_highest.max(leaves_highest);
                 intent.changing = true;
                 Ok(intent.clone())
             }
@@ -252,7 +268,15 @@ impl MemberBook {
                 intent.cancelled = true;
                 Ok(intent.clone())
             }
-            MemberCommand::End { job, end, detail, ended_unix_ms } => self.end(*job, *end, detail, *ended_unix_ms),
+            MemberCommand::End { job, end, detail, ended_unix_ms } => {
+                let intent = self.end(*job, *end, detail, *ended_unix_ms)?;
+                if *end == End::Finished
+                    && let Some(leaving) = intent.leaving()
+                {
+                    permits.permit.take_if(|held| held.name == leaving && self.has_removed(held.old_id));
+                }
+                Ok(intent)
+            }
         }
     }
 

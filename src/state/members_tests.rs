@@ -66,9 +66,7 @@ impl World {
     fn grant(&mut self, name: &str, job: u128) -> Result<(), Refusal> {
         let grant = RebuildCommand::Grant { name: name.into(), job, old_id: 2, id_min: 4, automatic_max: None };
         self.index += 1;
-        if !self.permits.is_renewal(&grant) {
-            self.members.admits_grant()?;
-        }
+        self.members.admits(&grant, &self.permits)?;
         self.permits.apply(&grant, self.index, self.now_ms).map(drop)
     }
 }
@@ -143,6 +141,47 @@ fn a_rebuild_and_a_change_of_voters_exclude_each_other_and_the_one_that_leaves_h
     world.apply(&begin(1, Change::Replace { old: "c".into(), learner: false })).unwrap();
     world.apply(&announce(1)).unwrap();
     assert_eq!(world.permits.permit, None);
+}
+
+/// A node that died in the middle of its rebuild is replaced, and comes back long after.
+#[test]
+fn who_was_removed_never_votes_again_by_a_permit_however_old() {
+    let mut world = World { index: 2, ..World::default() };
+    world.grant("c", 1).unwrap();
+    let held = world.permits.permit.clone().unwrap();
+    world.now_ms = PERMIT_MS + 1;
+    world.apply(&begin(1, Change::Replace { old: "c".into(), learner: false })).unwrap();
+    let leaves = vec![held.old_id, held.fresh_id];
+    world.apply(&MemberCommand::Announce { job: 1, leaves: leaves.clone() }).unwrap();
+    assert_eq!(world.permits.permit, None, "an expired permit of the one that leaves goes too");
+    world.apply(&end(1, End::Finished)).unwrap();
+    assert_eq!(world.grant("c", 1), Err(void(1)), "not by going on with the rebuild");
+    assert_eq!(world.grant("c", 2), Err(void(2)), "not by another one, which the leader proposed before it knew");
+    assert!(leaves.iter().all(|id| world.members.has_removed(*id)));
+}
+
+/// The ids that a cluster begins with were given out by nobody, and its log is short at first.
+#[test]
+fn an_id_that_leaves_is_never_given_out_again() {
+    let mut world = World::default();
+    world.apply(&begin(1, Change::Remove)).unwrap();
+    world.apply(&MemberCommand::Announce { job: 1, leaves: vec![60] }).unwrap();
+    world.apply(&end(1, End::Finished)).unwrap();
+    world.apply(&add(2)).unwrap();
+    assert_eq!(world.apply(&take(2, 7)).unwrap().place.unwrap().fresh_id, 61);
+}
+
+/// A withdrawal that was proposed and not heard of is followed by another announcement, when some may have left.
+#[test]
+fn who_was_announced_to_leave_stays_named() {
+    let mut world = World::default();
+    world.apply(&begin(1, Change::Remove)).unwrap();
+    world.apply(&MemberCommand::Announce { job: 1, leaves: vec![3, 9] }).unwrap();
+    world.apply(&MemberCommand::Withdraw { job: 1 }).unwrap();
+    world.apply(&MemberCommand::Announce { job: 1, leaves: vec![9] }).unwrap();
+    world.apply(&MemberCommand::Announce { job: 1, leaves: vec![11] }).unwrap();
+    world.apply(&end(1, End::Finished)).unwrap();
+    assert_eq!(world.members.removed.iter().map(|gone| gone.id).collect::<Vec<_>>(), [3, 9, 11]);
 }
 
 #[test]

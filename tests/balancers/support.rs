@@ -12,6 +12,7 @@ use std::{
 use serde_json::Value;
 use stemedb::{
     cli::{
+        CliError,
         balancer::{Balancer, Kind},
         drill_load::{self, Load},
         flow_client::{self, Job},
@@ -175,11 +176,17 @@ impl Behind {
         }
     }
 
-    /// Orders a flow about one node from another one, and waits for its end.
+    /// Orders a flow about one node from another one, again as long as a node that has just come back is not fit for it,
+    /// and waits for its end.
     pub async fn order(&self, flow: &str, node: usize) -> Job {
         let others = vec![self.endpoints()[(node + 1) % 3].clone()];
         let call = Call::post(format!("/v1/admin/node/{flow}?node={}", self.name(node)), "");
-        let (mut client, answer) = flow_client::order(&others, &call).await.unwrap();
+        let what = format!("{flow} of {} to be taken", self.name(node));
+        let taken = self.until(&what, async |_| match flow_client::order(&others, &call).await {
+            Err(CliError::Refused(_)) => None,
+            taken => Some(taken.unwrap()),
+        });
+        let (mut client, answer) = taken.await;
         let job = flow_client::follow(&mut client, &answer, true).await.unwrap();
         assert_eq!(job.state, "finished", "{job:?}");
         job

@@ -22,6 +22,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster_rig;
+
 /// Far above what any condition needs; only a hang ends a test by this.
 pub const HANG: Duration = Duration::from_secs(240);
 
@@ -51,18 +53,9 @@ impl Cluster {
 
     /// Nodes that are ready, with a leader.
     pub async fn with(size: usize, tune: fn(&mut Config)) -> Cluster {
-        if std::env::var_os("STEMEDB_TEST_LOG").is_some() {
-            let _set_before = tracing_subscriber::fmt().with_writer(io::stderr).try_init();
-        }
+        cluster_rig::log_if_wanted();
         let alone = ONE_AT_A_TIME.lock().await;
-        let (mut peers, mut listeners) = (Vec::new(), Vec::new());
-        for i in 1..=size {
-            let peer = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let (addr, http_addr) = (peer.local_addr().unwrap().to_string(), http.local_addr().unwrap().to_string());
-            peers.push(PeerEntry { name: format!("node-{i}"), addr, http: http_addr });
-            listeners.push((peer, http));
-        }
+        let (peers, listeners) = cluster_rig::nodes(size).await;
         let disks = (0..size).map(|_| SimDisk::new()).collect();
         let mut cluster =
             Cluster { dir: tempfile::tempdir().unwrap(), peers, nodes: vec![], disks, tune, _alone: alone };
@@ -84,23 +77,7 @@ impl Cluster {
     }
 
     async fn start(&self, i: usize, peer: TcpListener, http: TcpListener) -> Running {
-        let mut config = Config::default();
-        // A test needs no reserve for a full disk, and there are many nodes at once.
-        config.storage.ballast_mb = 0;
-        // A busy machine is not a hanging disk.
-        (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
-        config.cluster.auto_rebuild = false;
-        config.node.name = self.peers[i].name.clone();
-        config.node.data_dir = self.folder(i);
-        config.http.listen = self.peers[i].http.clone();
-        config.cluster.peers = self.peers.clone();
-        config.cluster.bootstrap_expect = u32::try_from(self.peers.len()).unwrap();
-        // Two cores run three nodes and other tests: elections by overload are not what is tested here.
-        config.cluster.heartbeat_ms = 100;
-        config.cluster.election_min_ms = 600;
-        config.cluster.election_max_ms = 1_200;
-        config.wal.segment_size_mb = 1;
-        config.cluster.request_deadline_ms = 60_000;
+        let mut config = cluster_rig::config(&self.peers, i, self.dir.path());
         config.cluster.stop_deadline_ms = 60_000;
         // Nobody polls here: what has to notice is waited for.
         config.cluster.drain_notice_ms = 50;

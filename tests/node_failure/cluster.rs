@@ -14,8 +14,10 @@ use stemedb::{
     node::{Ground, Node},
 };
 use stemedb_raft::disk::sim::SimDisk;
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+
+use crate::cluster_rig;
 
 /// Far above what any condition needs; only a hang ends a test by this.
 pub const HANG: Duration = Duration::from_secs(240);
@@ -37,39 +39,17 @@ impl Cluster {
 
     /// Three nodes that are ready, with a leader.
     pub async fn start_with(change: impl Fn(&mut Config)) -> Cluster {
-        if std::env::var_os("STEMEDB_TEST_LOG").is_some() {
-            let _set_before = tracing_subscriber::fmt().with_writer(io::stderr).try_init();
-        }
+        cluster_rig::log_if_wanted();
         let dir = tempfile::tempdir().unwrap();
-        let (mut peers, mut listeners) = (Vec::new(), Vec::new());
-        for i in 1..=3 {
-            let peer = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let (addr, http_addr) = (peer.local_addr().unwrap().to_string(), http.local_addr().unwrap().to_string());
-            peers.push(PeerEntry { name: format!("node-{i}"), addr, http: http_addr });
-            listeners.push((peer, http));
-        }
+        let (peers, listeners) = cluster_rig::nodes(3).await;
         let disks: Vec<SimDisk> = (0..3).map(|_| SimDisk::new()).collect();
         let stop = CancellationToken::new();
         let mut cluster = Cluster { _dir: dir, peers, http: vec![], nodes: vec![], disks, stop, serving: vec![] };
         for (i, (peer, http)) in listeners.into_iter().enumerate() {
-            let mut config = Config::default();
-            // A test needs no reserve for a full disk, and there are many nodes at once.
-            config.storage.ballast_mb = 0;
-            // The rebuild that follows is for `tests/rebuild`: here a failed node stays what it is.
-            config.cluster.auto_rebuild = false;
-            config.node.name = cluster.peers[i].name.clone();
-            config.node.data_dir = cluster._dir.path().join(&cluster.peers[i].name);
-            config.cluster.peers = cluster.peers.clone();
-            config.cluster.bootstrap_expect = 3;
-            // Two cores run three nodes and other tests: elections by overload are not what is tested here.
-            config.cluster.heartbeat_ms = 100;
-            config.cluster.election_min_ms = 600;
-            config.cluster.election_max_ms = 1_200;
-            config.wal.segment_size_mb = 1;
+            let mut config = cluster_rig::config(&cluster.peers, i, cluster._dir.path());
+            // Stalls are what some of these tests are about; one that ends in time has all the time it needs.
+            config.cluster.stall_handoff_ms = Config::default().cluster.stall_handoff_ms;
             config.cluster.request_deadline_ms = 30_000;
-            // A stall that ends in time has all the time it needs.
-            config.cluster.stall_fence_ms = 600_000;
             change(&mut config);
             let ground = Ground { peer_listener: Some(peer), disk: cluster.disks[i].shared(), ..Ground::default() };
             let node = Node::start_on(Arc::new(config), Arc::new(Metrics::new()), ground).await.unwrap();

@@ -46,6 +46,8 @@ const LOOK_RARELY: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 /// How often a node on its way in is asked how far it is.
 const ASK_PAUSE: Duration = Duration::from_millis(500);
+/// How long a change of the voters that nobody here is at may stay between its halves: far longer than a commit.
+const LEFT_BEHIND_AFTER: Duration = Duration::from_secs(15);
 /// How long leadership may take to move.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// How long a removed node may take to hear that it had better look.
@@ -110,15 +112,59 @@ impl Pace {
     }
 }
 
+/// A change of the voters that was left between its two halves, by whomever, keeps every later one from beginning. A
+/// leader that sees the same one for a while, with nobody at it, completes it.
+#[derive(Default)]
+struct LeftBehind {
+    seen: Option<(u64, Instant)>,
+}
+
+impl LeftBehind {
+    async fn complete(&mut self, core: &Core) -> Result<(), String> {
+        let membership = core.raft_metrics().membership_config;
+        let joint = membership.log_id().as_ref().map(|id| id.index).filter(|_| is_joint(&membership));
+        let Some(index) = joint else {
+            self.seen = None;
+            return Ok(());
+        };
+        match self.seen {
+            Some((seen, since)) if seen == index && since.elapsed() < LEFT_BEHIND_AFTER => Ok(()),
+            Some((seen, _)) if seen == index => {
+                self.seen = None;
+                tracing::warn!(index, "a change of the voters was left between its halves and is completed");
+                complete(core, &membership).await
+            }
+            _ => {
+                self.seen = Some((index, Instant::now()));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The second half of a change of the voters.
+async fn complete(core: &Core, membership: &StoredMembership) -> Result<(), String> {
+    let seen = Precondition::LastMembershipLogId { last_membership_log_id: *membership.log_id() };
+    let nothing_new = ChangeMembers::AddVoterIds(BTreeSet::new());
+    bounded(core.raft.change_membership_if(nothing_new, false, [seen])).await.map(drop)
+}
+
 /// Runs until the core ends.
 pub async fn run(shared: Arc<Shared>) {
     let Some(core) = shared.core.get() else { return };
     let mut pace = Pace::default();
+    let mut left_behind = LeftBehind::default();
     let mut said = String::new();
     let work = async {
         loop {
             let leads = shared.view.borrow().role == Role::Leader && shared.silenced().is_none();
             let round = if leads { round(&shared, core, &mut pace).await } else { Ok(Round::Idle) };
+            if leads
+                && matches!(round, Ok(Round::Idle))
+                && let Err(why) = left_behind.complete(core).await
+            {
+                tracing::info!(why, "a change of the voters that was left is not complete yet");
+            }
             let pause = match round {
                 Ok(Round::Done) => continue,
                 Ok(Round::Idle) => {
@@ -283,12 +329,14 @@ async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace:
             tracing::warn!(?refusal, near = view.near, "the change of voters is put off");
             done(propose(shared, core, MemberCommand::Withdraw { job }).await?)?;
         }
-        Step::Change => change(core, &intent, &membership, seen()).await?,
-        Step::Complete => {
-            // Left behind by a leader that lost its place between the two halves.
-            let nothing_new = ChangeMembers::AddVoterIds(BTreeSet::new());
-            bounded(core.raft.change_membership_if(nothing_new, false, [seen()])).await?;
+        Step::Change => {
+            // Behind a withdrawal that was proposed and not heard of, this announces anew; it names every id of today.
+            let leaves = intent.leaving().map_or_else(Vec::new, |name| ids_of(&membership, name));
+            done(propose(shared, core, MemberCommand::Announce { job, leaves }).await?)?;
+            change(core, &intent, &membership, seen()).await?;
         }
+        // Left behind by a leader that lost its place between the two halves.
+        Step::Complete => complete(core, &membership).await?,
         Step::TakeOut => take_out_learners(core, &intent.name, None).await?,
         Step::Finish => {
             let detail = summary(&intent, &outlook);

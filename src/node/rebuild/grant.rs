@@ -174,6 +174,7 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
         (None, Some(id)) => id,
         (None, None) => return AskReply::Failed("the members have just changed".into()),
     };
+    let name = ask.name.clone();
     let command = RebuildCommand::Grant {
         name: ask.name,
         job: ask.job,
@@ -198,6 +199,9 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
         }
         Ok(Outcome::Refused(command::Refusal::MembersBusy { name, .. })) => {
             AskReply::Refused(Refusal::Waits(vec![format!("the voters to have changed: {name} comes or leaves")]))
+        }
+        Ok(Outcome::Refused(command::Refusal::MembersVoid { .. })) => {
+            AskReply::Refused(Refusal::Operator(format!("{name} was removed: add it as a new member")))
         }
         Ok(Outcome::Refused(command::Refusal::RebuiltTooOften { name, times })) => {
             AskReply::Refused(Refusal::Operator(format!(
@@ -384,6 +388,11 @@ async fn carry_out(shared: &Shared, request: StepRequest) -> Result<StepReply, S
             return Ok(StepReply::Stale(format!("the permit for id {fresh_id} is void; held by {by}")));
         }
     };
+    let membership = core.raft_metrics().membership_config;
+    if !membership.voter_ids().any(|id| id == permit.old_id || id == permit.fresh_id) {
+        // Removed or replaced since the grant: it comes back as a new member or not at all.
+        return Ok(StepReply::Stale(format!("neither id {} nor id {fresh_id} votes any more", permit.old_id)));
+    }
     match step {
         LeaderStep::Join(member) => join(core, &permit, member).await,
         LeaderStep::Promote => promote(shared, core, &permit).await,

@@ -255,6 +255,7 @@ fn problem(error: MemberError) -> Problem {
         }
         MemberError::Unfit(why) => Problem::new(Kind::MemberUnfit, format!("{why}. Nothing was changed.")),
         MemberError::Unsafe { outlook, why, forcible } => {
+            let outlook = *outlook;
             let advice = match forcible {
                 true => "Add a node first, or repeat this with ?force=true",
                 false => "Bring the others back, or add a node first",

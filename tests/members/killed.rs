@@ -21,7 +21,7 @@ fn points() -> Vec<&'static str> {
     match std::env::var_os("STEMEDB_TEST_FULL").is_some_and(|value| value == "1") {
         true => all.to_vec(),
         // One before and one after the last moment at which it could have been cancelled.
-        false => vec!["member.await_join", "member.change", "member.finish"],
+        false => vec!["member.await_join", "member.change"],
     }
 }
 

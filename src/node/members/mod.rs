@@ -72,7 +72,7 @@ pub enum MemberError {
     #[error("{why}")]
     Unsafe {
         /// In figures.
-        outlook: Outlook,
+        outlook: Box<Outlook>,
         /// One sentence.
         why: String,
         /// Whether `force` would do it all the same.

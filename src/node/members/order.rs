@@ -213,7 +213,7 @@ pub async fn order(
     }
     if let Some(why) = refusal {
         let forcible = voters && !forced && outlook.refusal(kind, true).is_none();
-        return Err(MemberError::Unsafe { outlook, why, forcible });
+        return Err(MemberError::Unsafe { outlook: Box::new(outlook), why, forcible });
     }
     if leads {
         // The next leader takes the order: a node that leaves hears nothing of what comes after.

@@ -77,11 +77,9 @@ pub fn judge(cluster_id: ClusterId, membership: &StoredMembership, book: &Member
         let is_member = membership.get_node(&ask.raft_id).is_some();
         return if is_member { Standing::Member } else { Standing::Stranger };
     }
-    let is_awaited = |intent: &&_| {
-        let intent: &&crate::state::members::Intent = intent;
-        intent.coming() == Some(&ask.name) && !intent.cancelled
-    };
-    if book.current.as_ref().filter(is_awaited).is_some() {
+    let is_awaited =
+        |intent: &crate::state::members::Intent| intent.coming() == Some(ask.name.as_str()) && !intent.cancelled;
+    if book.current.as_ref().is_some_and(is_awaited) {
         return Standing::Awaited;
     }
     match membership.nodes().any(|(_, member)| member.name == ask.name) {

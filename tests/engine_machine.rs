@@ -301,9 +301,10 @@ async fn a_damaged_checkpoint_is_neither_sent_nor_installed() {
     assert_eq!(Some(log_id(4)), to.applied_state().await.unwrap().0);
 
     fs::write(&path, &good[..good.len() - 1]).unwrap();
-    assert!(from.get_current_snapshot().await.unwrap().is_none(), "a file is too short");
-    fs::write(&path, &good).unwrap();
-    assert!(from.get_current_snapshot().await.unwrap().is_some());
+    let instead = from.get_current_snapshot().await.unwrap().unwrap();
+    assert_ne!(instead.snapshot.dir(), built.snapshot.dir(), "one with a file that is too short");
+    instead.snapshot.verify_blocking().unwrap();
+    assert_eq!(instead.meta, built.meta);
     // An older one than what is applied is refused too.
     fill(&mut from, 300..310).await;
     assert!(from.install_snapshot(&built.meta, built.snapshot).await.is_err());

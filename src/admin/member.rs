@@ -114,10 +114,11 @@ pub fn next(view: &View) -> Step {
     let has_left = view.kind == Kind::Add || !view.old_is_member;
     // Nobody who leaves may do so unannounced: its rebuild could bring it back.
     let announced = view.changing || (view.kind == Kind::Add && view.learner);
-    if has_come && has_left && announced && !(view.cancelled && !view.changing) {
+    let undoes = view.cancelled && !view.changing;
+    if has_come && has_left && announced && !undoes {
         return Step::Finish;
     }
-    if view.cancelled && !view.changing {
+    if undoes {
         return if view.joined && !view.votes { Step::TakeOut } else { Step::Undone };
     }
     if view.kind != Kind::Remove && !view.joined {

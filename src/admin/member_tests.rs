@@ -49,7 +49,10 @@ fn every_view_keeps_the_rules() {
                 assert!(view.kind == Kind::Remove || view.votes || (view.learner && view.joined), "{view:?}");
                 assert!(view.changing || (view.kind == Kind::Add && view.learner), "unannounced: {view:?}");
             }
-            Step::Leave => assert!(view.old_leads && view.safe && !(view.cancelled && !view.changing), "{view:?}"),
+            Step::Leave => {
+                assert!(view.old_leads && view.safe, "{view:?}");
+                assert!(!view.cancelled || view.changing, "{view:?}");
+            }
             Step::AwaitJoin | Step::AwaitLog | Step::AwaitQuorum => {
                 assert!(!view.cancelled || view.changing, "what is cancelled does not wait: {view:?}");
             }

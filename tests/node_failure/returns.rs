@@ -71,8 +71,7 @@ impl Clients {
         for task in self.tasks {
             tokio::time::timeout(HANG, task).await.expect("a client to end").unwrap();
         }
-        let errors = self.errors.lock().unwrap().clone();
-        errors
+        self.errors.lock().unwrap().clone()
     }
 }
 

@@ -96,7 +96,8 @@ pub async fn answer(shared: Arc<Shared>, body: Bytes) -> Result<Bytes, NetRefusa
     let standing = match own.zip(shared.core.get()) {
         None => Standing::Unknown,
         Some((cluster_id, core)) => match super::book(&shared).await {
-            Ok(book) => judge(cluster_id, &core.state.engine().applied().membership, &book, &ask),
+            // Of this moment, and not what the tree held at its start.
+            Ok(book) => judge(cluster_id, &core.raft_metrics().membership_config, &book, &ask),
             Err(why) => return Err(unreadable(why)),
         },
     };

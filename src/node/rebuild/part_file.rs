@@ -18,6 +18,7 @@ const ALIGN: usize = 4096;
 /// The file, and where the next piece goes.
 pub struct PartFile {
     file: File,
+    from: u64,
     at: u64,
     /// A buffer with room to begin at a multiple of `ALIGN`.
     room: Vec<u8>,
@@ -37,9 +38,9 @@ impl PartFile {
         };
         file.set_len(from)?;
         if direct && !from.is_multiple_of(ALIGN as u64) {
-            return Ok(PartFile { file: how.open(path)?, at: from, room: Vec::new(), direct: false });
+            return Ok(PartFile { file: how.open(path)?, from, at: from, room: Vec::new(), direct: false });
         }
-        Ok(PartFile { file, at: from, room: Vec::new(), direct })
+        Ok(PartFile { file, from, at: from, room: Vec::new(), direct })
     }
 
     /// Blocking. Adds a piece. All but the last one are of the same length, a multiple of 4096 bytes.
@@ -53,7 +54,7 @@ impl PartFile {
                     return Ok(());
                 }
                 // A file system may take the flag and refuse the write, before it has written anything.
-                Err(error) if refuses_direct(&error) => {
+                Err(error) if refuses_direct(&error) && self.at == self.from => {
                     self.file = OpenOptions::new().write(true).open(path)?;
                     self.direct = false;
                 }

@@ -331,6 +331,10 @@ impl Surroundings for Shared {
         })
     }
 
+    fn feature_level(&self) -> u32 {
+        self.core.get().map_or(0, |core| core.published().feature_level)
+    }
+
     fn silenced(&self) -> Option<String> {
         Shared::silenced(self)
     }

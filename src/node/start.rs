@@ -169,7 +169,7 @@ pub fn incarnate_proxy(
     };
     let (assignments, _) = mpsc::channel(1);
     let shared = make_shared(process, own, assignments);
-    if shared.local.load().node_id == 0 && journal.fresh_id != 0 {
+    if !shared.local.load().has_raft_id() && journal.fresh_id != 0 {
         shared.local.store(Arc::new(rebuild::pulling_identity(journal)));
     }
     if let Some(membership) = rebuild::membership_of(&journal.members) {

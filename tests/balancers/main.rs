@@ -10,3 +10,4 @@ mod killed;
 mod requests;
 mod rolling;
 mod support;
+mod upgrade;

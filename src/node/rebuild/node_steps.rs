@@ -208,7 +208,7 @@ impl Runner {
 
     /// Lets a proxy without a state know who the others are.
     fn know_members(&self, shared: &Arc<Shared>, journal: &Journal) {
-        if shared.local.load().node_id == 0 {
+        if !shared.local.load().has_raft_id() {
             shared.local.store(Arc::new(pulling_identity(journal)));
         }
         let unknown = shared.view.borrow().membership.nodes().next().is_none();

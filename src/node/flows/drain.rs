@@ -315,10 +315,12 @@ impl Run {
 /// Takes the mark away, from the disk first.
 async fn open_again(process: &Arc<Process>) -> Result<(), FlowError> {
     let flows = Arc::clone(&process.flows);
+    fail_point::pass_until_stop(process, "undrain.persist").await?;
     let written = tokio::task::spawn_blocking(move || flows.drain.persist_blocking(false)).await;
     let failed =
         |why: String| FlowError::Impossible(format!("the end of the drain cannot be noted on the disk: {why}"));
     written.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+    fail_point::pass_until_stop(process, "undrain.open").await?;
     process.flows.drain.set(Mark::None);
     Ok(())
 }

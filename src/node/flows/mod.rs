@@ -28,7 +28,7 @@ use crate::admin::{
     failover::Refusal,
 };
 
-pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS};
+pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS, UNDRAIN_POINTS};
 pub use self::{
     board::{Board, NotCancelled},
     compact::order_compact,

@@ -210,7 +210,8 @@ fn text(members: &Members) -> String {
     text
 }
 
-fn change(job: &Job) -> String {
+/// A change of the members that goes on, in one line: what is done, how much is missing, how long that may take.
+pub(super) fn change(job: &Job) -> String {
     let mut text = format!("{} of {}: {} ({})", job.kind, job.node, job.step, job.detail);
     if job.bytes_total > 0 {
         let (done, total) = (output::thousands(job.bytes_done), output::thousands(job.bytes_total));

@@ -93,8 +93,8 @@ fn cases() -> Vec<Case> {
         case(Replace, "member.announce"),
         always(Replace, "member.change"),
         case(Replace, "member.finish"),
-        case(ReplaceLeader, "member.leave"),
-        case(CancelComing, "member.undone"),
+        always(ReplaceLeader, "member.leave"),
+        always(CancelComing, "member.undone"),
         case(CancelJoined, "member.take_out"),
         // Side by side, so that none has to come or leave only to make room for the next case.
         case(Add, "member.await_join"),

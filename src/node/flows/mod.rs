@@ -35,7 +35,7 @@ pub use self::{
     drain::{DrainOrder, DrainPlan, order_drain, order_undrain, plan_drain},
     failover::{Candidate, FailoverPlan, move_leadership, order_failover, plan_failover},
     mark::{DrainMark, DrainWatch},
-    members::{Asked, ask_all, candidates, ill},
+    members::{Asked, ask_all, candidates, ill, lags},
     stop::stop_gently,
     traffic::Traffic,
 };

@@ -120,7 +120,10 @@ fn what_goes_well_takes_each_step_once_in_order() {
     assert_eq!(walk(View { joined: true, near: true, ..cancelled }), [TakeOut, Undone]);
     // It had joined, started over under another id, and has not joined under that.
     assert_eq!(walk(View { left_over: true, ..cancelled }), [TakeOut, Undone]);
-    assert_eq!(walk(View { left_over: true, ..add }), [AwaitJoin, AwaitLog, Announce, Change, Complete, TakeOut, Finish]);
+    assert_eq!(
+        walk(View { left_over: true, ..add }),
+        [AwaitJoin, AwaitLog, Announce, Change, Complete, TakeOut, Finish]
+    );
 }
 
 #[test]
@@ -261,7 +264,9 @@ impl Model {
                 assert!(before.failures_during >= 0, "a quorum is given away: {before:?}");
                 let keeps = before.failures_after >= before.failures_now;
                 match self.kind {
-                    Kind::Remove => assert!(self.forced || keeps || before.failures_after > 0, "not ordered: {before:?}"),
+                    Kind::Remove => {
+                        assert!(self.forced || keeps || before.failures_after > 0, "not ordered: {before:?}")
+                    }
                     Kind::Add | Kind::Replace => assert!(keeps, "{before:?}"),
                 }
                 self.next_voters = Some(before.voters_after.into_iter().collect());
@@ -287,7 +292,12 @@ impl Model {
             5 if self.joined => self.near = rng.random(),
             6 if !self.changing && rng.random_range(0..6) == 0 => self.cancelled = true,
             // It starts over under another id.
-            7 if self.joined && !self.changing && !self.cancelled && !self.voters.contains("x") => {
+            7 if self.joined
+                && !self.changing
+                && !self.cancelled
+                && !self.voters.contains("x")
+                && self.over.is_none() =>
+            {
                 (self.joined, self.near, self.left_over) = (false, false, true);
             }
             _ => {}

@@ -132,7 +132,8 @@ pub async fn list(State(api): State<Arc<Api>>, asked: Asked) -> Result<Response,
     if change.is_some()
         && !asked.was_passed_on()
         && let Some(leader) = api.node.leader_elsewhere()
-        && let Ok(Ok(answer)) = timeout(LEADER_MAX, jobs::pass_on(&api, &asked, &leader, Method::GET, Bytes::new())).await
+        && let Ok(Ok(answer)) =
+            timeout(LEADER_MAX, jobs::pass_on(&api, &asked, &leader, Method::GET, Bytes::new())).await
         && answer.status().is_success()
     {
         return Ok(answer);

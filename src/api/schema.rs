@@ -408,6 +408,8 @@ pub struct JobsAnswer {
     pub node: String,
     /// The newest first.
     pub jobs: Vec<JobAnswer>,
+    /// Why the changes of the members are missing among them, if they are.
+    pub not_read: Option<String>,
 }
 
 /// A step of a job that was done.

@@ -198,14 +198,9 @@ async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
         return Err(CliError::Unreachable(format!("no node answered: {}", errors.join("; "))));
     }
     let problems = problems(&cluster, cluster_error, &nodes);
-<<<<<<< HEAD
     let ClusterBody { leader, term, feature_level, feature_level_held_by, .. } = cluster;
     let healthy = problems.is_empty();
-    Ok(StatusReport { healthy, leader, term, feature_level, feature_level_held_by, problems, nodes })
-=======
-    let healthy = problems.is_empty();
-    Ok(StatusReport { healthy, leader: cluster.leader, term: cluster.term, problems, nodes, change })
->>>>>>> members
+    Ok(StatusReport { healthy, leader, term, feature_level, feature_level_held_by, problems, nodes, change })
 }
 
 async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<Job>, Option<String>) {
@@ -331,19 +326,14 @@ fn text(report: &StatusReport) -> String {
         ]);
     }
     let leader = report.leader.as_deref().unwrap_or("none");
-<<<<<<< HEAD
-    // Worth a word while it is held only: otherwise it is what the programs know.
-    let held = match (report.feature_level, &*report.feature_level_held_by) {
-        (Some(level), held @ [_, ..]) => format!("\nfeature level {level}: {}", held.join("; ")),
-        _ => String::new(),
-    };
-    format!("{table}\nleader: {leader}, term {}{held}", report.term)
-=======
     let mut text = format!("{table}\nleader: {leader}, term {}", report.term);
+    // Worth a word while it is held only: otherwise it is what the programs know.
+    if let (Some(level), held @ [_, ..]) = (report.feature_level, &*report.feature_level_held_by) {
+        text.push_str(&format!("\nfeature level {level}: {}", held.join("; ")));
+    }
     // Also of a node that is no member yet and has no line above.
     if let Some(job) = &report.change {
         text.push_str(&format!("\n{}", member::change(job)));
     }
     text
->>>>>>> members
 }

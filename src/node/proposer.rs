@@ -20,18 +20,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     core::RaftNode,
-    log_time::{Applied, Stamper},
+    log_time::Stamper,
     messages::ProposeAnswer,
     park::{Park, Place},
     room::{Admission, Need},
     vital::Vital,
 };
-use crate::{
-    clock,
-    state::{
-        command::{Command, CommandOutcome, ENTRY_FORMAT},
-        level,
-    },
+use crate::state::{
+    command::{Command, CommandOutcome, ENTRY_FORMAT},
+    level,
 };
 
 /// Most commands in one entry. At 150 bytes each this is well below the bound on bytes; it keeps the
@@ -71,8 +68,10 @@ pub struct Proposer {
 
 /// What the task asks the node for.
 pub trait Surroundings: Send + Sync + 'static {
-    /// The last published log time.
-    fn log_time(&self) -> Applied;
+    /// The term, as this node knows it.
+    fn term(&self) -> u64;
+    /// Log time now, by this node's estimate.
+    fn log_time_ms(&self) -> u64;
     /// The feature level that the cluster has reached, as far as this node has applied.
     fn feature_level(&self) -> u32;
     /// Why this node must not acknowledge anything at present, if it must not.
@@ -191,7 +190,7 @@ async fn run(
             },
         };
         let mut packed = pack_entry(first, &mut waiting, &mut carry);
-        let log_time_ms = stamper.stamp(around.log_time(), clock::monotonic_ms());
+        let log_time_ms = stamper.stamp(around.term(), around.log_time_ms());
         packed.retain_mut(|w| !w.reply.is_closed());
         // A node that may not acknowledge need not append either: so its commands' end is certain.
         if around.silenced().is_some() {

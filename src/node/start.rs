@@ -376,6 +376,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
+        log_time: Default::default(),
         last_words: Default::default(),
         disk: DiskWatch::default(),
         io_times: Arc::clone(&process.io_times),

@@ -58,30 +58,16 @@ pub async fn place(
         Ok(known) => known,
         Err(why) => return AskReply::Failed(why),
     };
-<<<<<<< HEAD
-    let Some(intent) = awaited(known.current, &name) else {
-        let is_learner = membership.nodes().any(|(_, member)| member.name == name);
-        let why = match is_learner {
-            true => {
-                format!("{name} is a learner that has lost its files: remove it, empty its folder, and add it again")
-            }
-            false => {
-                format!("{name} is no member of this cluster: add it with `stemedb member add {name} --addr HOST:PORT`")
-            }
-        };
-        return AskReply::Refused(match ask.dry_run {
-            true => Refusal::Operator(why),
-            false => Refusal::Waits(vec![why]),
-        });
-    };
-    if let Some(why) = level::keeps_out(shared, core, &name, &intent.peer_addr).await {
-        return AskReply::Refused(Refusal::Waits(vec![why]));
-    }
-=======
->>>>>>> members
     let mut granted = Granted { permit: None, cluster_id, leader, members: members_of(membership) };
     let listed = membership.nodes().find(|(_, member)| member.name == name).map(|(_, member)| member.clone());
-    let intent = match (awaited(known.current.clone(), &name), listed) {
+    let comes = awaited(known.current.clone(), &name);
+    let addr = comes.as_ref().map(|intent| &intent.peer_addr).or(listed.as_ref().map(|member| &member.peer_addr));
+    if let Some(addr) = addr
+        && let Some(why) = level::keeps_out(shared, core, &name, addr).await
+    {
+        return AskReply::Refused(Refusal::Waits(vec![why]));
+    }
+    let intent = match (comes, listed) {
         (Some(intent), _) => intent,
         (None, Some(member)) => match come_again(shared, core, &known, member, &ask).await {
             Ok(Some(intent)) => intent,

@@ -17,12 +17,8 @@ use crate::{
     clock,
     node::{
         core::{Core, Role, Shared},
-<<<<<<< HEAD
-        flows::ask_all,
-        level,
-=======
         flows::{Asked, ask_all, lags},
->>>>>>> members
+        level,
         process::Process,
         read,
         rebuild::desk::{JobReport, job_id},

@@ -68,6 +68,8 @@ pub struct Disk {
 struct ClusterBody {
     leader: Option<String>,
     term: u64,
+    feature_level: Option<u32>,
+    feature_level_held_by: Vec<String>,
     members: Vec<MemberBody>,
 }
 
@@ -105,6 +107,9 @@ struct StatusReport {
     healthy: bool,
     leader: Option<String>,
     term: u64,
+    feature_level: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    feature_level_held_by: Vec<String>,
     problems: Vec<String>,
     nodes: Vec<Line>,
 }
@@ -183,7 +188,9 @@ async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
         return Err(CliError::Unreachable(format!("no node answered: {}", errors.join("; "))));
     }
     let problems = problems(&cluster, cluster_error, &nodes);
-    Ok(StatusReport { healthy: problems.is_empty(), leader: cluster.leader, term: cluster.term, problems, nodes })
+    let ClusterBody { leader, term, feature_level, feature_level_held_by, .. } = cluster;
+    let healthy = problems.is_empty();
+    Ok(StatusReport { healthy, leader, term, feature_level, feature_level_held_by, problems, nodes })
 }
 
 async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<String>) {
@@ -305,5 +312,10 @@ fn text(report: &StatusReport) -> String {
         ]);
     }
     let leader = report.leader.as_deref().unwrap_or("none");
-    format!("{table}\nleader: {leader}, term {}", report.term)
+    // Worth a word while it is held only: otherwise it is what the programs know.
+    let held = match (report.feature_level, &*report.feature_level_held_by) {
+        (Some(level), held @ [_, ..]) => format!("\nfeature level {level}: {}", held.join("; ")),
+        _ => String::new(),
+    };
+    format!("{table}\nleader: {leader}, term {}{held}", report.term)
 }

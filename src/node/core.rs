@@ -338,6 +338,10 @@ impl Surroundings for Shared {
         Shared::log_time_ms(self)
     }
 
+    fn feature_level(&self) -> u32 {
+        self.core.get().map_or(0, |core| core.published().feature_level)
+    }
+
     fn silenced(&self) -> Option<String> {
         Shared::silenced(self)
     }

@@ -27,7 +27,7 @@ use super::{
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
     kinds::Kind,
-    members,
+    level, members,
     messages::{
         EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, unpack,
     },
@@ -108,6 +108,7 @@ impl ConnectionHandler for Connection {
             Kind::RebuildAsk => return rebuild::grant::ask(shared, body).boxed(),
             Kind::Standing => return members::standing::answer(shared, body).boxed(),
             Kind::Candidate => return now(members::candidate_answer(&shared)),
+            Kind::About => return now(level::answer(&shared)),
             Kind::LookAgain => {
                 shared.members.look_again.notify_one();
                 return now(answer(&()));
@@ -177,6 +178,7 @@ impl Connection {
             | Kind::Standing
             | Kind::Candidate
             | Kind::LookAgain
+            | Kind::About
             | Kind::Status
             | Kind::Entries => now(Err(failed("handled before"))),
         }

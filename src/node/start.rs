@@ -504,6 +504,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that changes the members", super::members::lead::run(Arc::clone(&shared)));
+    vital.spawn("the task that raises the feature level", super::level::run(Arc::clone(&shared)));
     vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));

@@ -18,9 +18,10 @@ use super::command::{
     Command, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, MemberCommand, Operation, Outcome, RebuildCommand,
     Refusal,
 };
-use super::engine::{EngineError, StateRead, WriteBatch};
+use super::engine::{AppliedState, EngineError, StateRead, WriteBatch};
 use super::key_table::{KeyTable, Known};
 use super::keys;
+use super::level::{self, RaiseLevel};
 use super::members::MemberBook;
 use super::permits::{Book, Change};
 use super::record::Counters;
@@ -84,6 +85,7 @@ struct Progress {
 pub struct Applier {
     progress: Progress,
     log_time_ms: u64,
+    feature_level: u32,
     /// Of the entry at hand.
     log_index: u64,
     keys: KeyTable,
@@ -93,21 +95,18 @@ pub struct Applier {
 }
 
 impl Applier {
-    /// The applier that goes on where the tree behind `read` stands. `applied_fact_index` and
-    /// `log_time_ms` are those saved with it. Reads the rows written by [`Applier::save_keys`].
-    pub fn restore(
-        read: &dyn StateRead,
-        applied_fact_index: u64,
-        log_time_ms: u64,
-        limits: KeyLimits,
-    ) -> Result<Self, EngineError> {
+    /// The applier that goes on where the tree behind `read` stands; `applied` is what was saved with it. Reads the
+    /// rows written by [`Applier::save_keys`].
+    pub fn restore(read: &dyn StateRead, applied: &AppliedState, limits: KeyLimits) -> Result<Self, EngineError> {
+        let &AppliedState { fact_index, log_time_ms, feature_level, .. } = applied;
         let counters = match read.get(keys::COUNTERS)? {
             Some(row) => Counters::decode(&row)?,
             None => Counters::default(),
         };
         Ok(Applier {
-            progress: Progress { fact_index: applied_fact_index, counters },
+            progress: Progress { fact_index, counters },
             log_time_ms,
+            feature_level,
             log_index: 0,
             keys: KeyTable::restore(read, limits.short_key_ms, limits.short_keys_max, log_time_ms)?,
             client_keys: ClientKeys::default(),
@@ -184,6 +183,9 @@ impl Applier {
         if let Operation::Members(command) = &command.op {
             return self.members(entry, command);
         }
+        if let Operation::Level(command) = &command.op {
+            return self.raise(entry, *command);
+        }
         let mut facts = Facts {
             entry,
             epochs_known: &mut self.epochs_known,
@@ -224,6 +226,26 @@ impl Applier {
         Ok(Outcome::Member(Box::new(intent)))
     }
 
+    /// Nor this. The leader has asked every member whether it knows the level. A node that is on its way in was not asked,
+    /// so the level waits for its end.
+    fn raise(&mut self, entry: &mut Overlay<'_>, command: RaiseLevel) -> Result<Outcome, ApplyError> {
+        if let Some(why) = level::unknown(command.level) {
+            let error = std::io::Error::new(std::io::ErrorKind::Unsupported, why);
+            return Err(ApplyError::Local(EngineError::io("apply", error)));
+        }
+        let permits = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
+        if let Some(held) = permits.permit.filter(|held| self.log_time_ms < held.expires_at_ms()) {
+            let expires_in_s = held.left_s(self.log_time_ms);
+            return Err(ApplyError::Rejected(Refusal::RebuildHeld { by: held.name, expires_in_s }));
+        }
+        if let Some(intent) = MemberBook::decode(entry.get(keys::MEMBERS)?.as_deref())?.current {
+            let kind = intent.change.word().to_owned();
+            return Err(ApplyError::Rejected(Refusal::MembersBusy { job: intent.job, kind, name: intent.name }));
+        }
+        self.feature_level = self.feature_level.max(command.level);
+        Ok(Outcome::Applied(Vec::new()))
+    }
+
     fn known(&self, entry: &Overlay<'_>, command: &Command) -> Result<Option<Known>, EngineError> {
         match command.key.source {
             KeySource::Client => self.client_keys.get(entry.base(), command.key.id, command.body_hash),
@@ -259,6 +281,11 @@ impl Applier {
     /// Log time, in milliseconds; never goes back.
     pub fn log_time_ms(&self) -> u64 {
         self.log_time_ms
+    }
+
+    /// The feature level that the cluster has reached.
+    pub fn feature_level(&self) -> u32 {
+        self.feature_level
     }
 
     /// Assertions ever stored.

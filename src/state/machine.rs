@@ -66,6 +66,8 @@ pub trait EntryApplier: Send + Sync + 'static {
     fn fact_index(&self) -> u64;
     /// Log time, milliseconds.
     fn log_time_ms(&self) -> u64;
+    /// The feature level that the cluster has reached.
+    fn feature_level(&self) -> u32;
 }
 
 /// Makes the applier for a tree that was just opened: from its rows and its applied state.
@@ -89,6 +91,8 @@ pub struct PublishedState {
     pub fact_index: u64,
     /// Log time of the last published entry, milliseconds.
     pub log_time_ms: u64,
+    /// The feature level that the cluster had reached with that entry.
+    pub feature_level: u32,
     /// When it was published, by this node's monotonic clock, milliseconds.
     pub at_monotonic_ms: u64,
 }
@@ -264,6 +268,7 @@ impl<A: EntryApplier> StateMachine<A> {
             applied_log_index: self.applied.log_index(),
             fact_index: self.applied.fact_index,
             log_time_ms: self.applied.log_time_ms,
+            feature_level: self.applied.feature_level,
             at_monotonic_ms: clock::monotonic_ms(),
         };
         let view = PublishedView { state, snapshot: self.engine.snapshot() };
@@ -313,6 +318,7 @@ impl<A: EntryApplier> StateMachine<A> {
         self.engine.write(&batch).map_err(io::Error::other)?;
         self.applied.fact_index = self.applier.fact_index();
         self.applied.log_time_ms = self.applier.log_time_ms();
+        self.applied.feature_level = self.applier.feature_level();
         Ok(outcome)
     }
 

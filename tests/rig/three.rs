@@ -25,6 +25,11 @@ pub struct Three {
 impl Three {
     /// Three nodes that are ready.
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// The same with further variables of their environment: of which node, name and value.
+    pub async fn start_with(env: &[(usize, &str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut nodes = plan(&dir.path().join("data"), 3, free_port(3).unwrap()).unwrap();
         for node in &mut nodes {
@@ -38,6 +43,9 @@ impl Three {
         }
         for i in 0..3 {
             processes.set_node_env(i, "STEMEDB_TEST_FAIL_FILE", fail_file(dir.path(), i));
+        }
+        for (node, name, value) in env {
+            processes.set_node_env(*node, name, *value);
         }
         processes.start_all().unwrap();
         processes.wait_ready(HANG).await.unwrap();

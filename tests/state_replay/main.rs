@@ -74,6 +74,9 @@ impl EntryApplier for Recording {
     fn log_time_ms(&self) -> u64 {
         self.inner.log_time_ms()
     }
+    fn feature_level(&self) -> u32 {
+        self.inner.feature_level()
+    }
 }
 
 pub type Machine = StateMachine<Recording>;

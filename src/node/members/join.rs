@@ -10,6 +10,7 @@ use super::{book, is_joint};
 use crate::{
     node::{
         core::{Core, Shared},
+        level,
         rebuild::{
             grant::{bounded, members_of, propose_op},
             messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply},
@@ -67,6 +68,9 @@ pub async fn place(
             false => Refusal::Waits(vec![why]),
         });
     };
+    if let Some(why) = level::keeps_out(shared, core, &name, &intent.peer_addr).await {
+        return AskReply::Refused(Refusal::Waits(vec![why]));
+    }
     let mut granted = Granted { permit: None, cluster_id, leader, members: members_of(membership) };
     if ask.dry_run {
         return AskReply::Granted(Box::new(granted));

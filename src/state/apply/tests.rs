@@ -367,8 +367,14 @@ fn an_applier_restored_in_the_middle_goes_on_identically() {
             let body = EntryBody::decode(&body.encode().unwrap()).unwrap();
             let mut restored = match other.take() {
                 Some(applier) => applier,
-                None => Applier::restore(&other_tree, steady.applier.fact_index(), steady.applier.log_time_ms(), tight)
-                    .unwrap(),
+                None => {
+                    let applied = AppliedState {
+                        fact_index: steady.applier.fact_index(),
+                        log_time_ms: steady.applier.log_time_ms(),
+                        ..AppliedState::default()
+                    };
+                    Applier::restore(&other_tree, &applied, tight).unwrap()
+                }
             };
             let (batch, outcomes) = steady.applier.apply(&steady.tree, step, &body).unwrap();
             let (other_batch, other_outcomes) = restored.apply(&other_tree, step, &body).unwrap();
@@ -423,4 +429,33 @@ fn apply_speed() {
         }
         println!("{name}: {} ns per command", took.as_nanos() / applied as u128);
     }
+}
+
+fn raise(machine: &mut Machine, level: u32) -> Outcome {
+    machine.run(Operation::Level(RaiseLevel { level }))
+}
+
+#[test]
+fn the_feature_level_only_rises_and_waits_for_whoever_is_on_the_way_in() {
+    let mut machine = Machine::new();
+    assert_eq!(machine.applier.feature_level(), 0);
+    let grant = RebuildCommand::Grant { name: "b".into(), job: 7, old_id: 2, id_min: 4, automatic_max: None };
+    let Outcome::Permit(permit) = machine.run(Operation::Rebuild(grant)) else { unreachable!() };
+    assert!(matches!(raise(&mut machine, 1), Outcome::Refused(Refusal::RebuildHeld { by, .. }) if by == "b"));
+    assert_eq!(machine.applier.feature_level(), 0);
+    let finish = RebuildCommand::Finish { name: "b".into(), fresh_id: permit.fresh_id };
+    machine.run(Operation::Rebuild(finish));
+    assert_eq!(raise(&mut machine, 1), Outcome::Applied(vec![]));
+    assert_eq!(raise(&mut machine, 0), Outcome::Applied(vec![]));
+    assert_eq!(machine.applier.feature_level(), 1);
+}
+
+#[test]
+fn a_level_that_this_program_does_not_know_stops_it() {
+    let mut machine = Machine::new();
+    let command = machine.command(Operation::Level(RaiseLevel { level: level::FEATURE_LEVEL + 1 }));
+    let body = EntryBody { format: ENTRY_FORMAT, log_time_ms: START_MS, commands: vec![command] };
+    let error = machine.applier.apply(&machine.tree, 0, &body).unwrap_err();
+    assert_eq!(error.class(), crate::state::engine::ErrorClass::Newer);
+    assert!(error.to_string().contains("start a newer version"), "{error}");
 }

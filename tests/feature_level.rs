@@ -26,7 +26,7 @@ async fn refusal_of_a_member(three: &Three, node: usize) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_node_that_holds_it_keeps_the_level_and_no_longer() {
-    let mut three = Three::start_with(&[(1, HOLD, "0")]).await;
+    let mut three = Three::with_env(&[(1, HOLD, "0")]).await;
     three.write(0).await;
     // Whoever leads has looked by now or does within a second; what it says is the same before and after.
     for node in 0..3 {

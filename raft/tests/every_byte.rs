@@ -77,7 +77,8 @@ async fn every_flipped_bit_is_harmless_or_refused() {
         }
     }
     println!("{tally:?}, every {}. bit", step());
-    assert!(tally.same > 100 && tally.refused > 100, "{tally:?}");
+    // A piece of a long run may be a piece of zeros.
+    assert!(slice().1 > 1 || tally.same > 100 && tally.refused > 100, "{tally:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -94,5 +95,5 @@ async fn every_truncation_is_harmless_or_refused() {
         }
     }
     println!("{tally:?}, every {}. length", length_step());
-    assert!(tally.same > 10 && tally.refused > 10, "{tally:?}");
+    assert!(slice().1 > 1 || tally.same > 10 && tally.refused > 10, "{tally:?}");
 }

@@ -131,7 +131,7 @@ async fn every_flipped_bit_is_repaired_refused_or_harmless() {
         }
     }
     println!("{tally:?}, every {step}. bit");
-    assert!(tally.repaired > 100 && tally.whole > 10, "{tally:?}");
+    assert!(slice().1 > 1 || tally.repaired > 100 && tally.whole > 10, "{tally:?}");
     assert_eq!((tally.waits, tally.lost), (0, 0), "a single bit cost more than its entry");
     for store in stores {
         closed(store).await;

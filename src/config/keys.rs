@@ -413,7 +413,8 @@ pub static KEYS: &[Key] = &[
     ),
 ];
 
-const NO_FULL_COMPACTION: &str = "the tree compacts level by level as they fill, and nothing starts a full compaction";
+const NO_FULL_COMPACTION: &str = "the tree compacts level by level as they fill, and a full compaction is started only by \
+                                  `stemedb compact NODE --whole`";
 
 const MIB: u64 = 1024 * 1024;
 

@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stemedb_net::{
     ConnectionHandler, PeerHello, Refusal, Service, code,
-    identity::{PROBE_KINDS, judge},
+    identity::{PROBE_KINDS, is_guest, judge},
 };
 use stemedb_raft::types::TypeConfig;
 use tokio::sync::oneshot;
@@ -114,6 +114,13 @@ impl ConnectionHandler for Connection {
                 return now(answer(&()));
             }
             _ => {}
+        }
+        if is_guest(self.hello.node_id) {
+            return match kind {
+                // What it needs to pass on the requests of its clients. Nothing about it is remembered.
+                Kind::Status | Kind::Forward | Kind::ReadIndex => self.handle(shared, kind, body),
+                _ => now(Err(refused("the sender has no place in this cluster yet"))),
+            };
         }
         // The boot count must be durable here before anything is promised to its bearer.
         let boot = match self.process.boots.observe(self.hello.node_id, self.hello.boot) {

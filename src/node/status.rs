@@ -134,6 +134,8 @@ pub fn health(shared: &Shared) -> Health {
         () if shared.stop.is_cancelled() => "stopping",
         () if shared.members.removed().is_some() => "removed",
         () if matches!(&*shared.need.borrow(), Some(Need::Place(_))) => "joining",
+        // The same node, started over or as a learner already.
+        () if shared.desk.current().is_some_and(|job| job.comes) => "joining",
         () if damaged.is_some() && shared.vital.ended().is_none() => "repairing",
         () if shared.desk.current().is_some_and(|job| job.state == JobState::Running) => "rebuilding",
         () if is_stopping(shared) => "stopping",

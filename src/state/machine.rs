@@ -323,17 +323,19 @@ impl<A: EntryApplier> StateMachine<A> {
     }
 
     /// Applies one entry; its answer, if somebody waits for it, joins `answers`. True when the
-    /// memtable was full and has been sealed behind it.
+    /// memtable has been sealed behind it.
     fn apply_item(&mut self, item: EntryResponder<TypeConfig>, answers: &mut Vec<Answer>) -> Result<bool, io::Error> {
         let (entry, responder) = item;
+        let level_before = self.applied.feature_level;
         let outcome = self.apply_entry(entry)?;
         answers.extend(responder.map(|responder| (responder, outcome)));
-        self.rotate_if_full()
+        // A program that knows less must find the level in the tree, and not by stumbling over the log behind it.
+        self.rotate_if(self.engine.wants_rotation() || self.applied.feature_level != level_before)
     }
 
-    /// Seals the memtable when it is full. Between entries only.
-    fn rotate_if_full(&mut self) -> Result<bool, io::Error> {
-        if !self.engine.wants_rotation() {
+    /// Seals the memtable. Between entries only.
+    fn rotate_if(&mut self, wanted: bool) -> Result<bool, io::Error> {
+        if !wanted {
             return Ok(false);
         }
         let keys = self.applier.save_keys().map_err(io::Error::other)?;

@@ -10,6 +10,7 @@ mod killed;
 mod requests;
 mod rolling;
 mod support;
+mod upgrade;
 
 use stemedb::{cli::balancer::Kind, clock};
 

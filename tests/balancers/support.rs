@@ -82,6 +82,11 @@ pub struct Behind {
 impl Behind {
     /// Three nodes that are ready, and the balancer before them; `None`, said on the way, where there is no such program.
     pub async fn start(kind: Kind) -> Option<Behind> {
+        Self::start_program(kind, Path::new(env!("CARGO_BIN_EXE_stemedb"))).await
+    }
+
+    /// The same with another program for the nodes.
+    pub async fn start_program(kind: Kind, nodes_run: &Path) -> Option<Behind> {
         let program = program(kind)?;
         let alone = alone().await;
         let dir = tempfile::tempdir().unwrap();
@@ -89,7 +94,7 @@ impl Behind {
         for node in &mut nodes {
             node.log = dir.path().join(format!("{}.log", node.name));
         }
-        let mut processes = LocalCluster::prepare_with(PathBuf::from(env!("CARGO_BIN_EXE_stemedb")), nodes).unwrap();
+        let mut processes = LocalCluster::prepare_with(nodes_run.to_owned(), nodes).unwrap();
         for (name, value) in [
             // What a balancer must notice is noticed within half of the default time: four probes of Envoy's.
             ("STEMEDB_CLUSTER_DRAIN_NOTICE_MS", "1000"),

@@ -1,6 +1,11 @@
 //! Nodes of which some form a cluster and others come later, each of which can be stopped and started alone.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use stemedb::{
@@ -87,12 +92,18 @@ impl Cluster {
 
     /// A node with an empty folder whose configuration lists the nodes there are and itself.
     pub async fn spare(&mut self, name: &str, role: MemberRole) -> usize {
+        self.spare_with(name, role, |_| {}).await
+    }
+
+    /// The same with something in its folder.
+    pub async fn spare_with(&mut self, name: &str, role: MemberRole, prepare: impl FnOnce(&Path)) -> usize {
         let (peer_listener, http) = listeners().await;
         let peer = entry(name, &peer_listener, &http);
         let mut lists: Vec<PeerEntry> = self.seats.iter().map(|seat| seat.peer.clone()).collect();
         lists.push(peer.clone());
         self.seats.push(Seat { peer, lists, role, disk: SimDisk::new(), running: None });
         let i = self.seats.len() - 1;
+        prepare(&self.folder(i));
         self.start(i, peer_listener, http).await;
         i
     }
@@ -109,6 +120,10 @@ impl Cluster {
         &self.seats[i].peer
     }
 
+    pub fn disk(&self, i: usize) -> &SimDisk {
+        &self.seats[i].disk
+    }
+
     pub fn size(&self) -> usize {
         self.seats.len()
     }
@@ -120,7 +135,8 @@ impl Cluster {
         config.storage.ballast_mb = 0;
         // A busy machine is not a hanging disk.
         (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
-        config.cluster.auto_rebuild = false;
+        // What becomes of a failed voter is for `tests/rebuild`; a learner has no permit to ask for.
+        config.cluster.auto_rebuild = seat.role == MemberRole::Learner;
         config.node.name = seat.peer.name.clone();
         config.node.data_dir = self.folder(i);
         config.http.listen = seat.peer.http.clone();

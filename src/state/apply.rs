@@ -21,7 +21,7 @@ use super::command::{
 use super::engine::{AppliedState, EngineError, StateRead, WriteBatch};
 use super::key_table::{KeyTable, Known};
 use super::keys;
-use super::level::{self, RaiseLevel};
+use super::level::{self, LEVEL_BALANCER_KEYS, RaiseLevel};
 use super::members::MemberBook;
 use super::permits::{Book, Change};
 use super::record::Counters;
@@ -49,16 +49,34 @@ pub struct KeyLimits {
     /// deadline. A command that may be sent again for longer says so in its `resend_until_ms`, and
     /// its key is kept for twice as long as that.
     pub short_key_ms: u64,
+    /// How long the key of a load balancer is kept past the command's `resend_until_ms`, in milliseconds of log time,
+    /// from `LEVEL_BALANCER_KEYS` on. With B the longest time from the first attempt of a request until the last one
+    /// begins, and W a request deadline: the first attempt was taken at t, so its command says t + W; the last one is taken
+    /// by t + B and may be applied until t + B + W. So B suffices, and a margin for estimates of log time that differ. B is
+    /// 30 s with the files of `deploy/`: what Envoy gives a request in all (nginx begins nothing after 5 s).
+    pub balancer_ms: u64,
     /// How long a client's key is kept, in milliseconds of log time.
     pub client_key_ms: u64,
     /// Most short-lived keys held at once, in memory on every node: `short_key_ms` at 50,000 writes
-    /// a second. At the bound new writes get 429.
+    /// a second. At the bound new writes get 429. From `LEVEL_BALANCER_KEYS` on twice as many: 44,000
+    /// writes a second through balancers.
     pub short_keys_max: usize,
+}
+
+impl KeyLimits {
+    fn short_keys_max_at(&self, feature_level: u32) -> usize {
+        if feature_level < LEVEL_BALANCER_KEYS { self.short_keys_max } else { self.short_keys_max.saturating_mul(2) }
+    }
 }
 
 impl Default for KeyLimits {
     fn default() -> Self {
-        KeyLimits { short_key_ms: 20_000, client_key_ms: 15 * 60 * 1000, short_keys_max: 1_000_000 }
+        KeyLimits {
+            short_key_ms: 20_000,
+            balancer_ms: 35_000,
+            client_key_ms: 15 * 60 * 1000,
+            short_keys_max: 1_000_000,
+        }
     }
 }
 
@@ -108,7 +126,7 @@ impl Applier {
             log_time_ms,
             feature_level,
             log_index: 0,
-            keys: KeyTable::restore(read, limits.short_key_ms, limits.short_keys_max, log_time_ms)?,
+            keys: KeyTable::restore(read, limits.short_key_ms, limits.short_keys_max_at(feature_level), log_time_ms)?,
             client_keys: ClientKeys::default(),
             epochs_known: HashSet::new(),
             limits,
@@ -243,6 +261,7 @@ impl Applier {
             return Err(ApplyError::Rejected(Refusal::MembersBusy { job: intent.job, kind, name: intent.name }));
         }
         self.feature_level = self.feature_level.max(command.level);
+        self.keys.set_keys_max(self.limits.short_keys_max_at(self.feature_level));
         Ok(Outcome::Applied(Vec::new()))
     }
 
@@ -260,10 +279,14 @@ impl Applier {
                 let expires_ms = expires_ms.max(command.resend_until_ms);
                 self.client_keys.insert(entry, command, outcome, expires_ms)
             }
-            KeySource::Balancer | KeySource::Node => self
-                .keys
-                .insert(command.key, command.body_hash, outcome, self.log_time_ms, command.resend_until_ms)
-                .map_err(encode_error),
+            source @ (KeySource::Balancer | KeySource::Node) => {
+                let longer = source == KeySource::Balancer && self.feature_level >= LEVEL_BALANCER_KEYS;
+                let until_ms = longer.then(|| command.resend_until_ms.saturating_add(self.limits.balancer_ms));
+                let resend_until_ms = command.resend_until_ms;
+                self.keys
+                    .insert(command.key, command.body_hash, outcome, self.log_time_ms, resend_until_ms, until_ms)
+                    .map_err(encode_error)
+            }
         }
     }
 

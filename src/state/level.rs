@@ -9,7 +9,7 @@
 //! | level | brought |
 //! |---|---|
 //! | 0 | assertions, votes, epochs, supersessions, imports, permits to rebuild |
-//! | 1 | changes of the members; the level itself |
+//! | 1 | changes of the members; the level itself; ids of load balancers are kept for as long as these may repeat |
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,9 @@ pub const FEATURE_LEVEL: u32 = 1;
 
 /// The level that brought changes of the members.
 pub const LEVEL_MEMBERS: u32 = 1;
+
+/// The level from which on ids of load balancers are kept for as long as these may repeat a request.
+pub const LEVEL_BALANCER_KEYS: u32 = 1;
 
 /// The cluster goes up to a level. Never taken from clients: the leader makes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -58,7 +58,7 @@ pub(crate) fn uuid(number: u64) -> Uuid {
 }
 
 pub(crate) fn limits() -> KeyLimits {
-    KeyLimits { short_key_ms: 20_000, client_key_ms: 900_000, short_keys_max: 100_000 }
+    KeyLimits { short_key_ms: 20_000, balancer_ms: 35_000, client_key_ms: 900_000, short_keys_max: 100_000 }
 }
 
 /// An applier with its tree.

@@ -86,7 +86,7 @@ fn tuned(text: &str, act: Act) -> String {
          stall_handoff_ms = {handoff}\nstall_fence_ms = {fence}\nauto_rebuild = {rebuilds}\nbootstrap_expect"
     );
     // Where a checkpoint is waited for, it is due soon.
-    let retain = if matches!(act, Act::TreeFails(_)) { "retain_mb = 1\n" } else { "" };
+    let retain = if matches!(act, Act::TreeFails(_)) { "retain_mb = 16\n" } else { "" };
     let storage = format!("\n[wal]\nsegment_size_mb = 1\n{retain}\n[storage]\nmemtable_mb = 1\n");
     text.replacen("\nbootstrap_expect", &cluster, 1).replacen("\n[storage]\n", &storage, 1).replacen(
         "ballast_mb = 16",

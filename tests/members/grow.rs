@@ -1,6 +1,8 @@
 //! A cluster grows and shrinks, and whoever was removed knows it.
 
+use serde_json::json;
 use stemedb::{
+    cli::http_client::Call,
     config::MemberRole,
     node::rebuild::fail_point::{arm, is_armed},
 };
@@ -82,7 +84,8 @@ async fn nodes_are_added_as_voters_and_the_leader_is_removed_for_good() {
     let id = job["id"].as_str().unwrap();
     cluster.until("it to be announced", async |_| (!is_armed(&folder)).then_some(())).await;
     cluster.stop(fails).await;
-    cluster.node(leader).hand_over().await;
+    let target = json!({"target": cluster.name(stays)}).to_string();
+    cluster.taken(leader, Call::post("/v1/admin/failover", target)).await;
     cluster
         .until("it to wait for the node", async |c| {
             let job = c.job(stays, id).await?;
@@ -113,7 +116,7 @@ async fn is_out(cluster: &Cluster, i: usize) {
     let answer = cluster.get(i, "/v1/query?concept_path=test/members").await;
     assert_eq!((answer.status, &*answer.problem().kind), (503, "/problems/node-removed"));
     let body = r#"{"concept_path": "test/members", "predicate": "p", "value": 1}"#;
-    let write = stemedb::cli::http_client::Call::post("/v1/assert", body);
+    let write = Call::post("/v1/assert", body);
     let (kind, detail) = cluster.refused(i, write).await;
     assert!(kind == "node-removed" && detail.contains("was removed from the cluster"), "{kind}: {detail}");
 }

@@ -6,6 +6,8 @@
 //! of them by default, all with `STEMEDB_TEST_FULL=1`; `STEMEDB_TEST_POINT=rebuild.swap` picks those that begin so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stdout, missing_docs)]
 
+#[path = "kill_points/field.rs"]
+mod field;
 #[path = "kill_points/flows.rs"]
 mod flows;
 mod rig;

@@ -127,7 +127,7 @@ async fn every_order_that_cannot_be_done_says_why() {
 async fn an_order_whose_client_goes_away_in_the_middle_is_finished_all_the_same() {
     let cluster = Cluster::new(3).await;
     let leader = cluster.leader().await;
-    for (point, path) in [("drain.await_notice", DRAIN), ("undrain.open", UNDRAIN)] {
+    for (point, path) in [("drain.await_notice", DRAIN), ("undrain.persist", UNDRAIN)] {
         let folder = cluster.folder(leader);
         let release = hang(&folder, point);
         let mut client = Client::new(cluster.endpoint(leader));

@@ -255,12 +255,12 @@ async fn all_old_copies(cluster: &mut Cluster, running: &Running) -> Result<Stri
         back(cluster, running, i).await?;
         running.more().await;
     }
-    for i in 0..3 {
+    for (i, disk) in disks.iter_mut().enumerate() {
         running.load.set_up(i, false);
         cluster.stop(i).await;
         std::fs::rename(cluster.folder(i), of(cluster, "real", i)).unwrap();
         std::fs::rename(of(cluster, "old", i), cluster.folder(i)).unwrap();
-        std::mem::swap(&mut cluster.disks[i], &mut disks[i]);
+        std::mem::swap(&mut cluster.disks[i], disk);
     }
     let mut refused = [true; 3];
     for (i, refused) in refused.iter_mut().enumerate() {
@@ -273,11 +273,11 @@ async fn all_old_copies(cluster: &mut Cluster, running: &Running) -> Result<Stri
     };
     let (first, second) = tokio::join!(fatal(0), fatal(1));
     let serves = cluster.up().into_iter().any(|i| cluster.node(i).is_leader_with_quorum());
-    for i in 0..3 {
+    for (i, disk) in disks.iter_mut().enumerate() {
         cluster.stop(i).await;
         std::fs::remove_dir_all(cluster.folder(i)).unwrap();
         std::fs::rename(of(cluster, "real", i), cluster.folder(i)).unwrap();
-        std::mem::swap(&mut cluster.disks[i], &mut disks[i]);
+        std::mem::swap(&mut cluster.disks[i], disk);
     }
     for i in 0..3 {
         begin(cluster, i).await?;

@@ -3,9 +3,10 @@
 
 use stemedb_raft::fail_point;
 
-#[cfg(debug_assertions)]
-use crate::node::flows;
-use crate::{node::rebuild, state::engine};
+use crate::{
+    node::{flows, members, rebuild},
+    state::engine,
+};
 
 /// Where the tasks pass that are vital, each by its name; the node must end when one of them dies.
 pub const TASKS: &[&str] = &["task.apply", "task.upkeep"];
@@ -19,18 +20,17 @@ pub fn points() -> impl Iterator<Item = &'static str> {
     [fail_point::POINTS, engine::POINTS, rebuild::fail_point::POINTS].into_iter().flatten().copied()
 }
 
-/// Whether a point is in any list: those above, and those at which a test holds or ends a flow within its own process.
+/// Where the process may be killed while it runs a flow: a drain, an undrain, a failover, a change of the members.
+pub fn flows() -> impl Iterator<Item = &'static str> {
+    let flows = [flows::DRAIN_POINTS, flows::UNDRAIN_POINTS, flows::FAILOVER_POINTS, members::lead::POINTS];
+    flows.into_iter().flatten().copied()
+}
+
+/// Whether a point is in any list: those above, and those at which a test holds or ends a step within its own process.
 #[cfg(debug_assertions)]
 pub(crate) fn is_known(point: &str) -> bool {
-    let flows = [
-        rebuild::fail_point::TREE_POINTS,
-        &engine::receive::STEPS,
-        flows::fail_point::DRAIN_POINTS,
-        flows::fail_point::FAILOVER_POINTS,
-        ANSWERS,
-        crate::node::members::lead::POINTS,
-    ];
-    points().chain(flows.into_iter().flatten().copied()).any(|known| known == point)
+    let others = [rebuild::fail_point::TREE_POINTS, &engine::receive::STEPS, ANSWERS];
+    points().chain(flows()).chain(others.into_iter().flatten().copied()).any(|known| known == point)
 }
 
 /// Where a task may die.

@@ -1,10 +1,11 @@
 //! `stemedb serve` where it cannot serve: a clear line in its log, the exit code of the documentation, nothing touched.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
 
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use stemedb::cli::local_cluster::{LocalCluster, NodePlan, free_port, plan};
@@ -106,35 +107,84 @@ async fn nobody_can_connect_while_the_node_cannot_answer() {
     cluster.stop_all().await.unwrap();
 }
 
-#[test]
-fn the_service_manager_hears_of_the_start_and_of_the_stop() {
-    let dir = tempfile::tempdir().unwrap();
-    let (_cluster, node) = one_node(dir.path());
-    let socket = dir.path().join("notify");
-    let manager = UnixDatagram::bind(&socket).unwrap();
-    manager.set_read_timeout(Some(READY)).unwrap();
-    let mut bytes = [0; 512];
-    let mut heard = |wanted: &str| {
+/// A server as a service manager has it.
+struct Managed {
+    server: Child,
+    manager: UnixDatagram,
+}
+
+impl Managed {
+    fn start(dir: &Path, node: &NodePlan, set: &[&str]) -> Managed {
+        let socket = dir.join("notify");
+        let manager = UnixDatagram::bind(&socket).unwrap();
+        manager.set_read_timeout(Some(READY)).unwrap();
+        let mut server = Command::new(env!("CARGO_BIN_EXE_stemedb"));
+        server.args(["serve", "--config", node.config_file().to_str().unwrap()]);
+        server.args(set.iter().flat_map(|set| ["--set", set]));
+        server.env("NOTIFY_SOCKET", &socket).stdin(Stdio::null()).stderr(Stdio::null());
+        let managed = Managed { server: server.spawn().unwrap(), manager };
+        managed.hears("READY=1");
+        managed.hears("STATUS=ok: leader");
+        managed
+    }
+
+    fn hears(&self, wanted: &str) {
+        let mut bytes = [0; 512];
         loop {
-            let length = manager.recv(&mut bytes).unwrap_or_else(|e| panic!("waited in vain for {wanted}: {e}"));
+            let length = self.manager.recv(&mut bytes).unwrap_or_else(|e| panic!("waited in vain for {wanted}: {e}"));
             if String::from_utf8_lossy(&bytes[..length]).starts_with(wanted) {
                 return;
             }
         }
-    };
-    let mut server = Command::new(env!("CARGO_BIN_EXE_stemedb"))
-        .args(["serve", "--config", node.config_file().to_str().unwrap()])
-        .env("NOTIFY_SOCKET", &socket)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    heard("READY=1");
-    heard("STATUS=ok: leader");
-    let pid = rustix::process::Pid::from_child(&server);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    heard("STOPPING=1");
-    assert!(server.wait().unwrap().success());
+    }
+
+    /// Waits for its end.
+    fn ends(&mut self) -> ExitStatus {
+        let pause = Duration::from_millis(5);
+        for _ in 0..READY.as_millis() / pause.as_millis() {
+            if let Some(status) = self.server.try_wait().unwrap() {
+                return status;
+            }
+            std::thread::sleep(pause);
+        }
+        self.server.kill().unwrap();
+        panic!("the server goes on");
+    }
+
+    fn terminate(&self) {
+        let pid = rustix::process::Pid::from_child(&self.server);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+}
+
+#[test]
+fn the_service_manager_hears_of_the_start_and_of_the_stop() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_cluster, node) = one_node(dir.path());
+    let mut managed = Managed::start(dir.path(), &node, &[]);
+    managed.terminate();
+    managed.hears("STOPPING=1");
+    assert!(managed.ends().success());
+}
+
+#[test]
+fn a_second_signal_ends_a_server_at_once_that_waits_for_a_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_cluster, node) = one_node(dir.path());
+    let mut managed = Managed::start(dir.path(), &node, &["cluster.stop_deadline_ms=600000"]);
+    // A request of which the body never comes.
+    let mut client = std::net::TcpStream::connect(node.http_addr()).unwrap();
+    client.set_read_timeout(Some(READY)).unwrap();
+    let head = "POST /v1/assert HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 100\r\n\r\n";
+    client.write_all(head.as_bytes()).unwrap();
+    let mut answer = [0; 12];
+    client.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 100", "it waits for the body");
+    managed.terminate();
+    managed.hears("STOPPING=1");
+    assert_eq!(managed.server.try_wait().unwrap(), None, "it waits for the request");
+    managed.terminate();
+    assert_eq!(managed.ends().code(), Some(7));
 }
 
 #[test]

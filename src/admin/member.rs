@@ -4,7 +4,7 @@
 //!  add      AwaitJoin ─► AwaitLog ─► Announce ─► Change ─► Finish
 //!  replace  AwaitJoin ─► AwaitLog ─► Leave? ─► Announce ─► Change (the one in, the other out) ─► Finish
 //!  remove                            Leave? ─► Announce ─► Change ─► Finish
-//!             │ cancelled: TakeOut ─► Undone      │ a node has failed meanwhile
+//!             │ cancelled: TakeOut? ─► Undone     │ a node has failed meanwhile
 //!             ▼                                   └► Withdraw, AwaitQuorum
 //! ```
 //!
@@ -15,6 +15,25 @@
 use std::collections::BTreeSet;
 
 use serde::Serialize;
+
+/// A voter that lacks more of the leader's log than this does not count as working: a quorum that needs it would keep
+/// every write waiting until it has caught up. So much is sent and synced by a slow disk within a few seconds, less than
+/// a request waits.
+pub const VOTER_LAG_ENTRIES_MAX: u64 = 10_000;
+/// The same in bytes.
+pub const VOTER_LAG_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// Why a voter that answers does not count as working, if so. `lag`: entries and bytes of the leader's log that it has
+/// not acknowledged; `None`: not known, or it needs a checkpoint.
+pub fn lags(lag: Option<(u64, u64)>) -> Option<String> {
+    match lag {
+        None => Some("how far its log is behind is not known; it may need a checkpoint".to_owned()),
+        Some((entries, bytes)) if entries > VOTER_LAG_ENTRIES_MAX || bytes > VOTER_LAG_BYTES_MAX => {
+            Some(format!("its log is {entries} entries and {bytes} bytes behind"))
+        }
+        Some(_) => None,
+    }
+}
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -43,6 +62,8 @@ pub struct View {
     pub joint: bool,
     /// The node that comes is sent the log.
     pub joined: bool,
+    /// It is a learner under an id that it was given before and has given up.
+    pub left_over: bool,
     /// It has nearly all of it.
     pub near: bool,
     /// It votes.
@@ -74,7 +95,7 @@ pub enum Step {
     Change,
     /// Complete a change that was half done.
     Complete,
-    /// Take the learner out again.
+    /// Take the learner out again, or one that was left behind.
     TakeOut,
     /// Note that it is done.
     Finish,
@@ -94,7 +115,7 @@ impl Step {
             Step::Withdraw => "putting the change of voters off",
             Step::Change => "changing the members",
             Step::Complete => "completing the change of the members",
-            Step::TakeOut => "taking the learner out again",
+            Step::TakeOut => "taking a learner out again",
             Step::Finish => "finishing",
             Step::Undone => "undoing",
         }
@@ -116,10 +137,10 @@ pub fn next(view: &View) -> Step {
     let announced = view.changing || (view.kind == Kind::Add && view.learner);
     let undoes = view.cancelled && !view.changing;
     if has_come && has_left && announced && !undoes {
-        return Step::Finish;
+        return if view.left_over { Step::TakeOut } else { Step::Finish };
     }
     if undoes {
-        return if view.joined && !view.votes { Step::TakeOut } else { Step::Undone };
+        return if (view.joined && !view.votes) || view.left_over { Step::TakeOut } else { Step::Undone };
     }
     if view.kind != Kind::Remove && !view.joined {
         return Step::AwaitJoin;

@@ -7,7 +7,7 @@ use super::*;
 
 fn views() -> impl Iterator<Item = View> {
     [Kind::Add, Kind::Replace, Kind::Remove].into_iter().flat_map(|kind| {
-        (0..1024u32).map(move |bits| View {
+        (0..2048u32).map(move |bits| View {
             kind,
             learner: bits & 1 != 0,
             changing: bits & 2 != 0,
@@ -19,6 +19,7 @@ fn views() -> impl Iterator<Item = View> {
             old_is_member: bits & 128 != 0,
             old_leads: bits & 256 != 0,
             safe: bits & 512 != 0,
+            left_over: bits & 1024 != 0,
         })
     })
 }
@@ -39,11 +40,16 @@ fn every_view_keeps_the_rules() {
             }
             Step::Announce => assert!(!view.changing && !view.cancelled && view.safe, "{view:?}"),
             Step::Withdraw => assert!(view.changing && (!view.safe || !view.near), "{view:?}"),
-            Step::TakeOut => assert!(view.cancelled && !view.changing && view.joined && !view.votes, "{view:?}"),
+            Step::TakeOut => {
+                let undoes = view.cancelled && !view.changing;
+                assert!(view.left_over || (undoes && view.joined && !view.votes), "{view:?}");
+            }
             Step::Undone => {
                 assert!(view.cancelled && !view.changing && (!view.joined || view.votes), "{view:?}");
+                assert!(!view.left_over, "a learner would stay for ever: {view:?}");
             }
             Step::Finish => {
+                assert!(!view.left_over, "a learner would stay for ever: {view:?}");
                 assert!(!view.cancelled || view.changing, "{view:?}");
                 assert!(view.kind == Kind::Add || !view.old_is_member, "{view:?}");
                 assert!(view.kind == Kind::Remove || view.votes || (view.learner && view.joined), "{view:?}");
@@ -76,7 +82,8 @@ fn done(view: &mut View, step: Step) {
             view.old_is_member = false;
             view.votes = !view.learner && view.kind != Kind::Remove;
         }
-        Step::TakeOut => (view.joined, view.near) = (false, false),
+        Step::TakeOut if view.cancelled => (view.joined, view.near, view.left_over) = (false, false, false),
+        Step::TakeOut => view.left_over = false,
         Step::Finish | Step::Undone => {}
     }
 }
@@ -111,6 +118,21 @@ fn what_goes_well_takes_each_step_once_in_order() {
     let cancelled = View { cancelled: true, ..add };
     assert_eq!(walk(cancelled), [Undone]);
     assert_eq!(walk(View { joined: true, near: true, ..cancelled }), [TakeOut, Undone]);
+    // It had joined, started over under another id, and has not joined under that.
+    assert_eq!(walk(View { left_over: true, ..cancelled }), [TakeOut, Undone]);
+    assert_eq!(
+        walk(View { left_over: true, ..add }),
+        [AwaitJoin, AwaitLog, Announce, Change, Complete, TakeOut, Finish]
+    );
+}
+
+#[test]
+fn a_voter_that_lags_far_behind_does_not_count_as_working() {
+    assert_eq!(lags(Some((0, 0))), None);
+    assert_eq!(lags(Some((VOTER_LAG_ENTRIES_MAX, VOTER_LAG_BYTES_MAX))), None);
+    assert!(lags(Some((VOTER_LAG_ENTRIES_MAX + 1, 0))).unwrap().contains("10001 entries"));
+    assert!(lags(Some((1, VOTER_LAG_BYTES_MAX + 1))).unwrap().contains("67108865 bytes"));
+    assert!(lags(None).unwrap().contains("checkpoint"));
 }
 
 fn voters(now: &[&str], comes: Option<&str>, leaves: Option<&str>, ill: &[&str]) -> Outlook {
@@ -182,6 +204,8 @@ struct Model {
     near: bool,
     changing: bool,
     cancelled: bool,
+    forced: bool,
+    left_over: bool,
     over: Option<Step>,
 }
 
@@ -216,7 +240,8 @@ impl Model {
             votes: self.voters.contains("x"),
             old_is_member: self.kind != Kind::Add && self.voters.contains("a"),
             old_leads: self.kind != Kind::Add && self.leader == "a",
-            safe: self.outlook().refusal(self.kind, true).is_none(),
+            safe: self.outlook().refusal(self.kind, self.forced).is_none(),
+            left_over: self.left_over,
         }
     }
 
@@ -237,13 +262,20 @@ impl Model {
             Step::Withdraw => self.changing = false,
             Step::Change => {
                 assert!(before.failures_during >= 0, "a quorum is given away: {before:?}");
-                if self.kind != Kind::Remove {
-                    assert!(before.failures_during >= before.failures_now, "{before:?}");
+                let keeps = before.failures_after >= before.failures_now;
+                match self.kind {
+                    Kind::Remove => {
+                        assert!(self.forced || keeps || before.failures_after > 0, "not ordered: {before:?}")
+                    }
+                    Kind::Add | Kind::Replace => assert!(keeps, "{before:?}"),
                 }
                 self.next_voters = Some(before.voters_after.into_iter().collect());
             }
             Step::Complete => self.voters = self.next_voters.take().unwrap(),
-            Step::TakeOut => (self.joined, self.near) = (false, false),
+            Step::TakeOut if self.cancelled && !self.changing => {
+                (self.joined, self.near, self.left_over) = (false, false, false);
+            }
+            Step::TakeOut => self.left_over = false,
             Step::Finish | Step::Undone => self.over = Some(step),
         }
         assert!(!self.voters.is_empty());
@@ -259,6 +291,15 @@ impl Model {
             4 if self.kind != Kind::Remove && !self.cancelled => self.joined = true,
             5 if self.joined => self.near = rng.random(),
             6 if !self.changing && rng.random_range(0..6) == 0 => self.cancelled = true,
+            // It starts over under another id.
+            7 if self.joined
+                && !self.changing
+                && !self.cancelled
+                && !self.voters.contains("x")
+                && self.over.is_none() =>
+            {
+                (self.joined, self.near, self.left_over) = (false, false, true);
+            }
             _ => {}
         }
     }
@@ -282,8 +323,12 @@ fn whoever_fails_and_whoever_leads_it_ends_and_never_gives_a_quorum_away() {
             near: false,
             changing: false,
             cancelled: false,
+            forced: rng.random(),
+            left_over: false,
             over: None,
         };
+        // What would be refused is not begun.
+        model.forced |= model.outlook().refusal(kind, false).is_some();
         for _ in 0..60 {
             model.chance(&mut rng);
             if model.over.is_none() {
@@ -308,6 +353,7 @@ fn whoever_fails_and_whoever_leads_it_ends_and_never_gives_a_quorum_away() {
             }
         }
         assert!(model.over.is_some() && model.next_voters.is_none(), "seed {seed}: it never ends");
+        assert!(!model.left_over, "seed {seed}: a learner stays for ever");
         assert_eq!(model.voters, wanted, "seed {seed}: {:?}", model.over);
     }
 }

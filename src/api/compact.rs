@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use axum::{
     extract::{RawQuery, Request, State},
-    http::Method,
     response::Response,
 };
 use serde::de::MapAccess;
@@ -12,7 +11,7 @@ use serde::de::MapAccess;
 use super::{
     Api,
     elsewhere::Asked,
-    flows::{self, SWITCH, body_of, problem},
+    flows::{self, SWITCH, order_here, problem},
     json::{self, Fields},
     params::Params,
     problem::Problem,
@@ -54,10 +53,10 @@ pub async fn compact(
     let node = params.text("node")?;
     let wait = params.choice("wait", SWITCH)?.unwrap_or(false);
     params.finish()?;
-    let bytes = body_of(&api, request).await?;
-    if let Some(node) = node.filter(|node| node != api.node.name()) {
-        return super::jobs::pass_on(&api, &asked, &node, Method::POST, bytes).await;
-    }
+    let bytes = match order_here(&api, &asked, node, request).await? {
+        Ok(bytes) => bytes,
+        Err(answered) => return Ok(answered),
+    };
     let CompactBody { whole } = json::parse_object(&bytes)?;
     let id = api.node.compact(whole.unwrap_or(false)).map_err(problem)?;
     flows::job_answer(&api, &id, wait).await

@@ -88,6 +88,20 @@ pub async fn body_of(api: &Api, request: Request) -> Result<Bytes, Problem> {
     Ok(bytes)
 }
 
+/// The body of an order that is for this node; the answer of the other one when `node` names another.
+pub async fn order_here(
+    api: &Api,
+    asked: &Asked,
+    node: Option<String>,
+    request: Request,
+) -> Result<Result<Bytes, Response>, Problem> {
+    let bytes = body_of(api, request).await?;
+    match node.filter(|node| node != api.node.name()) {
+        Some(node) => super::jobs::pass_on(api, asked, &node, Method::POST, bytes).await.map(Err),
+        None => Ok(Ok(bytes)),
+    }
+}
+
 /// Takes a node out of traffic: this one, or the one that `node` names. It is not ready any more, gives leadership
 /// away, goes on answering until load balancers have noticed, and then for as long as it runs.
 #[utoipa::path(post, path = "/v1/admin/node/drain", tag = "admin", request_body = schema::Drain,
@@ -111,10 +125,10 @@ pub async fn drain(
     let forced = params.choice("force", SWITCH)?.unwrap_or(false);
     let dry_run = params.choice("dry_run", SWITCH)?.unwrap_or(false);
     params.finish()?;
-    let bytes = body_of(&api, request).await?;
-    if let Some(node) = node.filter(|node| node != api.node.name()) {
-        return pass_on(&api, &asked, &node, bytes).await;
-    }
+    let bytes = match order_here(&api, &asked, node, request).await? {
+        Ok(bytes) => bytes,
+        Err(answered) => return Ok(answered),
+    };
     let DrainBody { persist } = json::parse_object(&bytes)?;
     if dry_run {
         let plan = api.node.plan_drain().await.map_err(problem)?;
@@ -140,10 +154,10 @@ pub async fn undrain(
     let mut params = Params::parse(query.as_deref())?;
     let node = params.text("node")?;
     params.finish()?;
-    let bytes = body_of(&api, request).await?;
-    if let Some(node) = node.filter(|node| node != api.node.name()) {
-        return pass_on(&api, &asked, &node, bytes).await;
-    }
+    let bytes = match order_here(&api, &asked, node, request).await? {
+        Ok(bytes) => bytes,
+        Err(answered) => return Ok(answered),
+    };
     let NoBody = json::parse_object(&bytes)?;
     let id = api.node.undrain().await.map_err(problem)?;
     job_answer(&api, &id, true).await
@@ -231,7 +245,10 @@ pub async fn job_answer(api: &Api, id: &str, wait: bool) -> Result<Response, Pro
     };
     let job = match ended.or_else(|| api.node.job(id)) {
         Some(job) => job,
-        None => api.node.cluster_job(id).await.ok_or_else(|| super::jobs::unknown_job(id))?,
+        None => {
+            let job = api.node.cluster_job(id).await.map_err(|why| super::jobs::unreadable(&why))?;
+            job.ok_or_else(|| super::jobs::unknown_job(id))?
+        }
     };
     match job.state {
         JobState::Finished => Ok(Json(job).into_response()),
@@ -251,7 +268,8 @@ pub async fn job_answer(api: &Api, id: &str, wait: bool) -> Result<Response, Pro
 async fn wait_ended(api: &Api, id: &str) -> Option<JobReport> {
     match api.node.wait_job(id).await {
         Some(job) => Some(job),
-        None => api.node.wait_cluster_job(id).await,
+        // What cannot be read is said when the job is looked for.
+        None => api.node.wait_cluster_job(id).await.ok().flatten(),
     }
 }
 
@@ -311,8 +329,4 @@ pub fn not_leader(leader: Option<String>) -> Problem {
     let leader = leader.map_or_else(|| "no leader is known".to_owned(), |leader| format!("{leader} leads"));
     let detail = format!("The leader has to do this, and {leader}. Nothing was changed; repeat it.");
     Problem::new(Kind::NotLeader, detail).retry_after(mapping::RETRY_AFTER_S)
-}
-
-async fn pass_on(api: &Api, asked: &Asked, node: &str, body: Bytes) -> Result<Response, Problem> {
-    super::jobs::pass_on(api, asked, node, Method::POST, body).await
 }

@@ -19,7 +19,7 @@ use super::{
     elsewhere::{self, Asked},
     flows,
     json::{self, Fields},
-    limits, mapping,
+    mapping,
     params::Params,
     problem::{Kind, Problem},
     schema,
@@ -57,11 +57,10 @@ pub async fn rebuild(
     let node = params.text("node")?;
     let wait = params.choice("wait", flows::SWITCH)?.unwrap_or(true);
     params.finish()?;
-    let (parts, body) = request.into_parts();
-    let (bytes, _charge) = limits::read_body(&api.body_limits, &api.budget, &parts.headers, body).await?;
-    if let Some(node) = node.filter(|node| node != api.node.name()) {
-        return pass_on(&api, &asked, &node, Method::POST, bytes).await;
-    }
+    let bytes = match flows::order_here(&api, &asked, node, request).await? {
+        Ok(bytes) => bytes,
+        Err(answered) => return Ok(answered),
+    };
     let RebuildBody { from } = json::parse_object(&bytes)?;
     let id = api.node.order_rebuild(from).await.map_err(order_problem)?;
     flows::job_answer(&api, &id, wait).await
@@ -95,6 +94,12 @@ pub fn unknown_job(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
     let detail = format!("There is no job {id:?} on this node. Jobs belong to a node; ask it, or add ?node=NAME.");
     Problem::new(Kind::NotFound, detail).with("name", id)
+}
+
+/// What this node keeps of the changes of the members cannot be read.
+pub fn unreadable(why: &str) -> Problem {
+    let detail = format!("The changes of the members cannot be read on this node ({why}). Ask another one.");
+    Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
 }
 
 /// The answer of another member to the same question or order.
@@ -149,9 +154,16 @@ pub async fn jobs(State(api): State<Arc<Api>>, RawQuery(query): RawQuery, asked:
         return pass_on(&api, &asked, &node, Method::GET, Default::default()).await;
     }
     let mut jobs = api.node.all_jobs();
-    jobs.extend(api.node.cluster_jobs().await);
+    // A node whose tree is damaged still shows how it is cured.
+    let not_read = match api.node.cluster_jobs().await {
+        Ok(of_cluster) => {
+            jobs.extend(of_cluster);
+            None
+        }
+        Err(why) => Some(unreadable(&why).detail().to_owned()),
+    };
     jobs.sort_by_key(|job| std::cmp::Reverse(job.began_unix_ms));
-    Ok(Json(json!({"node": api.node.name(), "jobs": jobs})).into_response())
+    Ok(Json(json!({"node": api.node.name(), "jobs": jobs, "not_read": not_read})).into_response())
 }
 
 /// How far a job is.
@@ -179,7 +191,8 @@ pub async fn job(
     }
     let known = api.node.cluster_job(&id).await;
     // How far its step is, the leader knows best; and a node without a state knows nothing.
-    if known.as_ref().is_none_or(|job| !job.state.is_over())
+    let is_over = matches!(&known, Ok(Some(job)) if job.state.is_over());
+    if !is_over
         && !asked.was_passed_on()
         && let Some(leader) = api.node.leader_elsewhere()
         && let Ok(answer) = pass_on(&api, &asked, &leader, Method::GET, Default::default()).await
@@ -187,6 +200,7 @@ pub async fn job(
     {
         return Ok(answer);
     }
+    let known = known.map_err(|why| unreadable(&why))?;
     Ok(Json(known.ok_or_else(|| unknown_job(&id))?).into_response())
 }
 
@@ -196,7 +210,10 @@ async fn cancel_members(api: &Api, asked: &Asked, id: &str) -> Result<Response, 
 }
 
 async fn cancel_members_here(api: &Api, id: &str) -> Result<Result<Response, Problem>, Option<String>> {
-    let known = api.node.cluster_job(id).await;
+    let known = match api.node.cluster_job(id).await {
+        Ok(known) => known,
+        Err(why) => return Ok(Err(unreadable(&why))),
+    };
     match known {
         Some(job) if job.state == JobState::Cancelled => return Ok(Ok(Json(job).into_response())),
         Some(job) if job.state.is_over() => {
@@ -213,19 +230,20 @@ async fn cancel_members_here(api: &Api, id: &str) -> Result<Result<Response, Pro
             }
         },
     }
-    let ended = timeout(flows::WAIT_MAX, api.node.wait_cluster_job(id)).await.ok().flatten();
-    let job = match ended {
-        Some(job) => Some(job),
-        None => api.node.cluster_job(id).await,
+    let job = match timeout(flows::WAIT_MAX, api.node.wait_cluster_job(id)).await {
+        Ok(Ok(Some(job))) => Ok(Some(job)),
+        _ => api.node.cluster_job(id).await,
     };
-    Ok(job.ok_or_else(|| unknown_job(id)).map(|job| {
+    let job = job.map_err(|why| unreadable(&why)).and_then(|job| job.ok_or_else(|| unknown_job(id)));
+    Ok(job.map(|job| {
         let status = if job.state.is_over() { StatusCode::OK } else { StatusCode::ACCEPTED };
         (status, Json(job)).into_response()
     }))
 }
 
 /// Cancels a job where that is safe: what it has done is undone. A drain can be cancelled until it is finished;
-/// afterwards undrain the node. A change of the members can be cancelled until the voters change. A transfer of leadership and a rebuild cannot be taken back.
+/// afterwards undrain the node. A change of the members can be cancelled until the voters change. A transfer of leadership, a rebuild and a
+/// compaction cannot be taken back.
 #[utoipa::path(delete, path = "/v1/admin/jobs/{id}", tag = "admin",
     params(("id" = String, Path, description = "The id that its beginning answered"),
         ("node" = Option<String>, Query, description = "Name of the node it runs on; default: the one that is asked")),
@@ -245,7 +263,10 @@ pub async fn cancel(
     let cancelled = match api.node.jobs().job(&id) {
         Some(job) if job.state.is_over() => Err(NotCancelled::Over(Box::new(job))),
         Some(job) => Err(NotCancelled::Unsafe(Box::new(job))),
-        None => api.node.flows().board.cancel(&id),
+        None => match api.node.flows().board.cancel(&id) {
+            Err(NotCancelled::Unknown) => api.node.flows().compactions.cancel(&id),
+            of_a_flow => of_a_flow,
+        },
     };
     match cancelled {
         Ok(_) => {

@@ -3,7 +3,7 @@
 //! Any node takes an order and passes it on to the leader. What comes of it is a job of the whole cluster: every node
 //! can tell of it, whichever took the order and whichever leads by now.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -13,7 +13,8 @@ use axum::{
 };
 use hyper::body::Bytes;
 use serde::de::MapAccess;
-use serde_json::{Value, json};
+use serde_json::json;
+use tokio::time::timeout;
 
 use crate::{
     config,
@@ -24,11 +25,15 @@ use super::{
     Api,
     elsewhere::Asked,
     flows::{self, SWITCH, at_leader, body_of, not_leader},
+    jobs,
     json::{self, Fields},
     params::Params,
     problem::{Kind, Problem},
     schema,
 };
+
+/// How long the leader is asked how far a change is, before this node answers what it knows itself.
+const LEADER_MAX: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
 struct AddBody {
@@ -118,16 +123,29 @@ fn name_of(path: Result<Path<String>, PathRejection>) -> Result<String, Problem>
 
 /// The members, and the change of them that goes on.
 #[utoipa::path(get, path = "/v1/admin/members", tag = "admin",
-    responses((status = 200, description = "The members", body = schema::MembersAnswer)))]
-pub async fn list(State(api): State<Arc<Api>>) -> Json<Value> {
+    responses((status = 200, description = "The members", body = schema::MembersAnswer),
+        (status = "default", response = schema::ProblemResponse)))]
+pub async fn list(State(api): State<Arc<Api>>, asked: Asked) -> Result<Response, Problem> {
+    let change = api.node.cluster_jobs().await.map_err(|why| jobs::unreadable(&why))?;
+    let change = change.into_iter().find(|job| !job.state.is_over());
+    // How far it is, the leader knows best.
+    if change.is_some()
+        && !asked.was_passed_on()
+        && let Some(leader) = api.node.leader_elsewhere()
+        && let Ok(Ok(answer)) =
+            timeout(LEADER_MAX, jobs::pass_on(&api, &asked, &leader, Method::GET, Bytes::new())).await
+        && answer.status().is_success()
+    {
+        return Ok(answer);
+    }
     let cluster = api.node.cluster().await;
-    let change = api.node.cluster_jobs().await.into_iter().find(|job| !job.state.is_over());
     let voters = cluster.members.iter().filter(|member| member.voter).count();
     let needed = voters / 2 + 1;
-    Json(json!({
+    Ok(Json(json!({
         "leader": cluster.leader, "term": cluster.term, "voters": voters, "needed": needed,
         "members": cluster.members, "change": change,
     }))
+    .into_response())
 }
 
 /// Adds a node: it fetches a checkpoint, receives the log as a learner, and votes once it has caught up. It has to run
@@ -265,6 +283,13 @@ fn problem(error: MemberError) -> Problem {
                 .with("voters_after", outlook.voters_after)
                 .with("failures_now", outlook.failures_now)
                 .with("failures_after", outlook.failures_after)
+        }
+        MemberError::Level { .. } => {
+            let detail = format!(
+                "{error}. Upgrade what is older and take cluster.feature_level_max out where it holds the level; it rises by \
+                 itself then. Nothing was changed."
+            );
+            Problem::new(Kind::FeatureLevel, detail)
         }
         MemberError::Impossible(why) => Problem::new(Kind::FlowRefused, format!("It is not possible now: {why}.")),
         MemberError::NotLeader(leader) => not_leader(leader),

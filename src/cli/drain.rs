@@ -3,31 +3,23 @@
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::flow_client::{self, OrderArgs, Ordered};
 use super::http_client::{Call, Endpoint, encode_query};
-use super::{CliError, EndpointArgs, flow_client, output};
+use super::{CliError, EndpointArgs, output};
 
 /// Arguments of `stemedb drain`.
 #[derive(Args, Debug, Clone)]
 pub struct DrainArgs {
     /// Name of the node; may be left out with a single endpoint
     node: Option<String>,
-    #[command(flatten)]
-    endpoints: EndpointArgs,
     /// Stay drained after a restart, until `undrain`
     #[arg(long)]
     persist: bool,
     /// Also while another node is drained, or when the others could not go on alone
     #[arg(long)]
     force: bool,
-    /// Only say what it would do to fault tolerance; exit code 1 when it would be refused
-    #[arg(long)]
-    dry_run: bool,
-    /// Do not wait for the end
-    #[arg(long)]
-    no_wait: bool,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    order: OrderArgs,
 }
 
 /// Arguments of `stemedb undrain`.
@@ -66,27 +58,24 @@ fn query(node: Option<&str>, endpoints: &[Endpoint]) -> Result<String, CliError>
 
 /// Runs `stemedb drain`.
 pub async fn run(args: &DrainArgs) -> Result<(), CliError> {
-    let endpoints = args.endpoints.parse()?;
-    let query = query(args.node.as_deref(), &endpoints)?;
-    let flags = format!("{query}force={}&dry_run={}&wait={}", args.force, args.dry_run, !args.no_wait);
+    let query = query(args.node.as_deref(), &args.order.endpoints.parse()?)?;
     let body = serde_json::json!({ "persist": args.persist }).to_string();
-    let call = Call::post(format!("/v1/admin/node/drain?{flags}"), body);
-    let (mut client, answer) = flow_client::order(&endpoints, &call).await?;
-    if args.dry_run {
-        let plan: Plan = answer.json().map_err(CliError::Unreachable)?;
-        if args.json {
-            output::json(&plan)?;
-        } else {
-            let leads = if plan.leads { " It leads, so leadership would move." } else { "" };
-            output::line(&format!("{}: {}.{leads}", plan.node, plan.detail))?;
-        }
-        return match plan.allowed {
-            true => Ok(()),
-            false => Err(CliError::Found("it would be refused; --force would do it all the same".to_owned())),
-        };
+    let call = Call::post(format!("/v1/admin/node/drain?{query}force={}&{}", args.force, args.order.query()), body);
+    let answer = match args.order.send(&call).await? {
+        Ordered::Job(job) => return flow_client::show(&job, args.order.json),
+        Ordered::Plan(answer) => answer,
+    };
+    let plan: Plan = answer.json().map_err(CliError::Unreachable)?;
+    if args.order.json {
+        output::json(&plan)?;
+    } else {
+        let leads = if plan.leads { " It leads, so leadership would move." } else { "" };
+        output::line(&format!("{}: {}.{leads}", plan.node, plan.detail))?;
     }
-    let job = flow_client::follow(&mut client, &answer, !args.no_wait).await?;
-    flow_client::show(&job, args.json)
+    match plan.allowed {
+        true => Ok(()),
+        false => Err(CliError::Found("it would be refused; --force would do it all the same".to_owned())),
+    }
 }
 
 /// Runs `stemedb undrain`.

@@ -3,8 +3,9 @@
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::flow_client::{self, OrderArgs, Ordered};
 use super::http_client::Call;
-use super::{CliError, EndpointArgs, flow_client, output};
+use super::{CliError, output};
 
 /// Arguments of `stemedb failover`.
 #[derive(Args, Debug, Clone)]
@@ -13,16 +14,7 @@ pub struct FailoverArgs {
     #[arg(long, value_name = "NODE")]
     to: Option<String>,
     #[command(flatten)]
-    endpoints: EndpointArgs,
-    /// Only say who could take over
-    #[arg(long)]
-    dry_run: bool,
-    /// Do not wait for the end
-    #[arg(long)]
-    no_wait: bool,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    order: OrderArgs,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -45,16 +37,16 @@ struct Candidate {
 
 /// Runs `stemedb failover`.
 pub async fn run(args: &FailoverArgs) -> Result<(), CliError> {
-    let endpoints = args.endpoints.parse()?;
     let body = serde_json::json!({ "target": args.to }).to_string();
-    let call = Call::post(format!("/v1/admin/failover?dry_run={}&wait={}", args.dry_run, !args.no_wait), body);
-    let (mut client, answer) = flow_client::order(&endpoints, &call).await?;
-    if args.dry_run {
-        let plan: Plan = answer.json().map_err(CliError::Unreachable)?;
-        return if args.json { output::json(&plan) } else { output::line(&text(&plan)) };
-    }
-    let job = flow_client::follow(&mut client, &answer, !args.no_wait).await?;
-    flow_client::show(&job, args.json)?;
+    let call = Call::post(format!("/v1/admin/failover?{}", args.order.query()), body);
+    let job = match args.order.send(&call).await? {
+        Ordered::Job(job) => job,
+        Ordered::Plan(answer) => {
+            let plan: Plan = answer.json().map_err(CliError::Unreachable)?;
+            return if args.order.json { output::json(&plan) } else { output::line(&text(&plan)) };
+        }
+    };
+    flow_client::show(&job, args.order.json)?;
     match (&args.to, &job.to) {
         (Some(wanted), Some(leads)) if wanted != leads => {
             Err(CliError::Found(format!("{wanted} did not take leadership over; {leads} leads")))

@@ -5,11 +5,12 @@
 
 use std::time::Duration;
 
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 use super::http_client::{Answer, Call, Client, Endpoint, HttpError, encode_query};
-use super::{CliError, output};
+use super::{CliError, EndpointArgs, output};
 
 /// Deadline of an order: the server answers within 30 s, and passes on within 40 s.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(45);
@@ -19,6 +20,46 @@ pub const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// Questions in a row without an answer before a command gives up; the job goes on.
 const SILENCE_MAX: u32 = 20;
+
+/// What every order takes.
+#[derive(Args, Debug, Clone)]
+pub struct OrderArgs {
+    #[command(flatten)]
+    pub(super) endpoints: EndpointArgs,
+    /// Only say what it would do; exit code 1 when it would be refused
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Do not wait for the end
+    #[arg(long)]
+    pub(super) no_wait: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// What came of an order.
+pub enum Ordered {
+    /// What it would do.
+    Plan(Answer),
+    /// It was taken, and has ended unless that was not to be waited for.
+    Job(Job),
+}
+
+impl OrderArgs {
+    /// What the query of an order says of them.
+    pub fn query(&self) -> String {
+        format!("dry_run={}&wait={}", self.dry_run, !self.no_wait)
+    }
+
+    /// Sends the order, and follows its job.
+    pub async fn send(&self, call: &Call) -> Result<Ordered, CliError> {
+        let (mut client, answer) = order(&self.endpoints.parse()?, call).await?;
+        match self.dry_run {
+            true => Ok(Ordered::Plan(answer)),
+            false => follow(&mut client, &answer, !self.no_wait).await.map(Ordered::Job),
+        }
+    }
+}
 
 /// A job; unknown fields are ignored, so that newer nodes can be asked.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

@@ -46,7 +46,9 @@ pub struct JobArgs {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct JobsBody {
+    node: String,
     jobs: Vec<Job>,
+    not_read: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -124,6 +126,7 @@ async fn gather(given: &[Endpoint]) -> Result<Jobs, CliError> {
             Ok(body) => {
                 answered = true;
                 jobs.extend(body.jobs);
+                not_asked.extend(body.not_read.map(|why| format!("{}: {why}", body.node)));
             }
             Err(error) => not_asked.push(error),
         }

@@ -6,7 +6,7 @@
 use clap::{Args, Subcommand};
 use serde::{Deserialize, Serialize};
 
-use super::flow_client::{self, Job};
+use super::flow_client::{self, Job, OrderArgs, Ordered};
 use super::http_client::{Call, encode_query};
 use super::{CliError, EndpointArgs, output};
 
@@ -21,22 +21,6 @@ pub enum MemberCommand {
     Replace(ReplaceArgs),
     /// Every member, and the change that goes on
     List(ListArgs),
-}
-
-/// What every order takes.
-#[derive(Args, Debug, Clone)]
-pub struct OrderArgs {
-    #[command(flatten)]
-    endpoints: EndpointArgs,
-    /// Only say what it would do to fault tolerance; exit code 1 when it would be refused
-    #[arg(long)]
-    dry_run: bool,
-    /// Do not wait for the end
-    #[arg(long)]
-    no_wait: bool,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
 }
 
 /// Arguments of `stemedb member add`.
@@ -162,13 +146,10 @@ pub async fn run(command: &MemberCommand) -> Result<(), CliError> {
 }
 
 async fn carry_out(args: &OrderArgs, more: &str, call: impl FnOnce(String) -> Call) -> Result<(), CliError> {
-    let endpoints = args.endpoints.parse()?;
-    let call = call(format!("dry_run={}&wait={}{more}", args.dry_run, !args.no_wait));
-    let (mut client, answer) = flow_client::order(&endpoints, &call).await?;
-    if !args.dry_run {
-        let job = flow_client::follow(&mut client, &answer, !args.no_wait).await?;
-        return flow_client::show(&job, args.json);
-    }
+    let answer = match args.send(&call(format!("{}{more}", args.query()))).await? {
+        Ordered::Job(job) => return flow_client::show(&job, args.json),
+        Ordered::Plan(answer) => answer,
+    };
     let plan: Plan = answer.json().map_err(CliError::Unreachable)?;
     if args.json {
         output::json(&plan)?;
@@ -210,7 +191,8 @@ fn text(members: &Members) -> String {
     text
 }
 
-fn change(job: &Job) -> String {
+/// A change of the members that goes on, in one line: what is done, how much is missing, how long that may take.
+pub(super) fn change(job: &Job) -> String {
     let mut text = format!("{} of {}: {} ({})", job.kind, job.node, job.step, job.detail);
     if job.bytes_total > 0 {
         let (done, total) = (output::thousands(job.bytes_done), output::thousands(job.bytes_total));

@@ -15,7 +15,7 @@
 //! | 4 | the cluster refused, or the input is wrong |
 //! | 5 | this machine: a taken port, a folder that is locked or unusable, a log that refuses to open, a process that ended |
 //! | 6 | the server's configuration is wrong |
-//! | 7 | `serve`: the node ran and could not go on; the reason is in its log |
+//! | 7 | `serve`: the node ran and could not go on, and the reason is in its log; or a second signal ended it at once |
 //! | 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`, and the node closed its doors; start it again |
 //! | 141 | the reader of the output went away |
 
@@ -69,7 +69,7 @@ use http_client::Endpoint;
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 done, and something is not as it should be (unhealthy cluster, finding, difference);
 2 wrong arguments; 3 no node answered; 4 refused or wrong input; 5 this machine (port, folder, process);
-6 wrong configuration; 7 serve: the node ran and could not go on; 8 serve: the disk hung for too long; 141 the reader of the output went away.";
+6 wrong configuration; 7 serve: the node ran and could not go on, or was told to stop twice; 8 serve: the disk hung for too long; 141 the reader of the output went away.";
 
 /// Endpoints used when neither `--endpoints` nor `STEMEDB_ENDPOINTS` is given: those of `stemedb dev`.
 pub const ENDPOINTS_DEFAULT: &str = "127.0.0.1:18180,127.0.0.1:18181,127.0.0.1:18182";

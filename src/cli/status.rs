@@ -9,8 +9,9 @@ use std::time::Duration;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::flow_client::Job;
 use super::http_client::{Client, Endpoint};
-use super::{CliError, EndpointArgs, output};
+use super::{CliError, EndpointArgs, member, output};
 
 /// Deadline of one question; a healthy node answers in milliseconds.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -68,6 +69,8 @@ pub struct Disk {
 struct ClusterBody {
     leader: Option<String>,
     term: u64,
+    feature_level: Option<u32>,
+    feature_level_held_by: Vec<String>,
     members: Vec<MemberBody>,
 }
 
@@ -100,13 +103,25 @@ struct Line {
     error: Option<String>,
 }
 
+/// `/v1/admin/members`, as far as it says more than `/v1/admin/cluster`.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct MembersBody {
+    change: Option<Job>,
+}
+
 #[derive(Debug, Serialize)]
 struct StatusReport {
     healthy: bool,
     leader: Option<String>,
     term: u64,
+    feature_level: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    feature_level_held_by: Vec<String>,
     problems: Vec<String>,
     nodes: Vec<Line>,
+    /// The change of the members that goes on, as the leader knows it.
+    change: Option<Job>,
 }
 
 /// `/v1/health` of one node. A failed node answers it too, with its state.
@@ -153,7 +168,7 @@ async fn once(args: &StatusArgs, endpoints: &[Endpoint]) -> Result<(), CliError>
 }
 
 async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
-    let (cluster, cluster_error) = first_cluster(endpoints).await;
+    let (cluster, change, cluster_error) = first_cluster(endpoints).await;
     let mut asked: Vec<(Option<MemberBody>, Option<Endpoint>)> = Vec::new();
     for member in cluster.members.iter().cloned() {
         let endpoint = member.http_addr.as_deref().and_then(|at| Endpoint::parse(at).ok());
@@ -183,19 +198,25 @@ async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
         return Err(CliError::Unreachable(format!("no node answered: {}", errors.join("; "))));
     }
     let problems = problems(&cluster, cluster_error, &nodes);
-    Ok(StatusReport { healthy: problems.is_empty(), leader: cluster.leader, term: cluster.term, problems, nodes })
+    let ClusterBody { leader, term, feature_level, feature_level_held_by, .. } = cluster;
+    let healthy = problems.is_empty();
+    Ok(StatusReport { healthy, leader, term, feature_level, feature_level_held_by, problems, nodes, change })
 }
 
-async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<String>) {
+async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<Job>, Option<String>) {
     let mut errors = Vec::new();
     for endpoint in endpoints {
         let mut client = Client::new(endpoint.clone());
         match client.get_json("/v1/admin/cluster", CALL_TIMEOUT).await {
-            Ok(cluster) => return (cluster, None),
+            Ok(cluster) => {
+                // A node whose state is not open knows of none; the status says so in its own line.
+                let members = client.get_json::<MembersBody>("/v1/admin/members", CALL_TIMEOUT).await;
+                return (cluster, members.unwrap_or_default().change, None);
+            }
             Err(error) => errors.push(error),
         }
     }
-    (ClusterBody::default(), Some(errors.join("; ")))
+    (ClusterBody::default(), None, Some(errors.join("; ")))
 }
 
 async fn ask((member, endpoint): (Option<MemberBody>, Option<Endpoint>)) -> Line {
@@ -257,7 +278,7 @@ fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]
                 problems.push(format!("the disk of {} failed ({reason})", line.name));
             }
             // Somebody has asked for that.
-            Some(health) if ["draining", "drained"].contains(&health.status.as_str()) => {}
+            Some(health) if ["draining", "drained", "joining"].contains(&health.status.as_str()) => {}
             Some(health) if health.status != "ok" => {
                 problems.push(format!("{} says {:?}", line.name, health.status));
             }
@@ -305,5 +326,14 @@ fn text(report: &StatusReport) -> String {
         ]);
     }
     let leader = report.leader.as_deref().unwrap_or("none");
-    format!("{table}\nleader: {leader}, term {}", report.term)
+    let mut text = format!("{table}\nleader: {leader}, term {}", report.term);
+    // Worth a word while it is held only: otherwise it is what the programs know.
+    if let (Some(level), held @ [_, ..]) = (report.feature_level, &*report.feature_level_held_by) {
+        text.push_str(&format!("\nfeature level {level}: {}", held.join("; ")));
+    }
+    // Also of a node that is no member yet and has no line above.
+    if let Some(job) = &report.change {
+        text.push_str(&format!("\n{}", member::change(job)));
+    }
+    text
 }

@@ -30,6 +30,7 @@ mod handover;
 mod healer;
 pub mod identity;
 pub mod kinds;
+pub mod level;
 pub mod log_time;
 pub mod members;
 pub mod messages;
@@ -306,18 +307,19 @@ impl Node {
         members::cancel(&self.process, id).await
     }
 
-    /// Changes of the members that this node knows of, the newest first: of the whole cluster.
-    pub async fn cluster_jobs(&self) -> Vec<JobReport> {
+    /// Changes of the members that this node knows of, the newest first: of the whole cluster. The error says why its
+    /// state cannot be read.
+    pub async fn cluster_jobs(&self) -> Result<Vec<JobReport>, String> {
         members::all(&self.shared()).await
     }
 
     /// One of them by its id.
-    pub async fn cluster_job(&self, id: &str) -> Option<JobReport> {
+    pub async fn cluster_job(&self, id: &str) -> Result<Option<JobReport>, String> {
         members::one(&self.shared(), id).await
     }
 
     /// Waits until it has ended; `None` when this node does not know it, or hears nothing any more.
-    pub async fn wait_cluster_job(&self, id: &str) -> Option<JobReport> {
+    pub async fn wait_cluster_job(&self, id: &str) -> Result<Option<JobReport>, String> {
         members::wait_ended(&self.shared(), id).await
     }
 

@@ -1,16 +1,22 @@
 //! The commands as programs, against a running cluster: what they print, and their exit codes.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use super::support::Cluster;
 
-/// Runs the program on a thread of its own. Exit code, standard output, standard error.
-async fn stemedb(cluster: &Cluster, args: &[&str]) -> (i32, String, String) {
+fn program(cluster: &Cluster, args: &[&str]) -> Command {
     let endpoints: Vec<&str> = cluster.peers.iter().map(|peer| peer.http.as_str()).collect();
     let mut command = Command::new(env!("CARGO_BIN_EXE_stemedb"));
     command.args(args).stdin(Stdio::null()).env("STEMEDB_ENDPOINTS", endpoints.join(","));
+    command
+}
+
+/// Runs the program on a thread of its own. Exit code, standard output, standard error.
+pub async fn stemedb(cluster: &Cluster, args: &[&str]) -> (i32, String, String) {
+    let mut command = program(cluster, args);
     let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
@@ -52,6 +58,14 @@ async fn an_operator_drains_moves_leadership_and_looks_at_it_with_the_commands()
     {
         assert!(out.contains(column), "{column}: {out}");
     }
+    // Again and again, until it is ended.
+    let mut watch = program(&cluster, &["status", "--watch", "1"]).stdout(Stdio::piped()).spawn().unwrap();
+    let shown = BufReader::new(watch.stdout.take().unwrap());
+    let leaders = shown.lines().map(Result::unwrap).filter(|line| line.starts_with("leader: ")).take(2);
+    let twice = tokio::task::spawn_blocking(move || leaders.count());
+    assert_eq!(tokio::time::timeout(super::support::HANG, twice).await.unwrap().unwrap(), 2);
+    watch.kill().unwrap();
+    watch.wait().unwrap();
     assert_eq!(json(&cluster, &["undrain", cluster.name(third), "--json"]).await["state"], "finished");
     cluster.all_ready().await;
 

@@ -5,6 +5,7 @@
 mod cli;
 #[path = "../cluster_rig/mod.rs"]
 mod cluster_rig;
+mod compact;
 mod failover;
 mod killed;
 mod refusals;

@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 use stemedb::{
-    cli::http_client::Call,
+    cli::http_client::{Call, Client},
     node::{
         DrainOrder, FlowError,
-        rebuild::fail_point::{arm, is_armed},
+        rebuild::fail_point::{arm, hang, is_armed},
     },
 };
 
@@ -120,6 +120,29 @@ async fn every_order_that_cannot_be_done_says_why() {
     let path = format!("/v1/admin/jobs/{}", undone["id"].as_str().unwrap());
     let over = cluster.call(follower, &Call::delete(&path)).await;
     assert_eq!(over.problem().kind, "/problems/flow-refused");
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_order_whose_client_goes_away_in_the_middle_is_finished_all_the_same() {
+    let cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    for (point, path) in [("drain.await_notice", DRAIN), ("undrain.persist", UNDRAIN)] {
+        let folder = cluster.folder(leader);
+        let release = hang(&folder, point);
+        let mut client = Client::new(cluster.endpoint(leader));
+        let call = Call::post(path, json!({}).to_string());
+        let order = tokio::spawn(async move { client.call(&call, super::support::HANG).await });
+        cluster.until(point, async |_| (!is_armed(&folder)).then_some(())).await;
+        // With it the connection.
+        order.abort();
+        assert!(order.await.unwrap_err().is_cancelled());
+        drop(release);
+        let wanted = if path == DRAIN { "drained" } else { "ok" };
+        cluster.until(wanted, async |c| (c.node(leader).health().status == wanted).then_some(())).await;
+        let jobs: Value = cluster.get(leader, "/v1/admin/jobs").await.json().unwrap();
+        assert!(jobs["jobs"][0]["state"] == "finished", "{jobs}");
+    }
     cluster.stop_all().await;
 }
 

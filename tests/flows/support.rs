@@ -191,6 +191,14 @@ impl Cluster {
         (problem.kind.trim_start_matches("/problems/").to_owned(), problem.detail)
     }
 
+    /// The problem with which the cancellation of a job is refused.
+    pub async fn cancelled(&self, i: usize, id: &str) -> (String, String) {
+        let answer = self.call(i, &Call::delete(format!("/v1/admin/jobs/{id}"))).await;
+        assert!(!answer.is_success(), "{}", String::from_utf8_lossy(&answer.body));
+        let problem = answer.problem();
+        (problem.kind.trim_start_matches("/problems/").to_owned(), problem.detail)
+    }
+
     /// Writes once through a node, without a key; the name of the node that led.
     pub async fn write(&self, i: usize, predicate: &str) -> String {
         let body = json!({"concept_path": "test/flows", "predicate": predicate, "value": 1});

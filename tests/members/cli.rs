@@ -2,7 +2,10 @@
 
 use std::process::{Command, Stdio};
 
-use stemedb::config::MemberRole;
+use stemedb::{
+    config::MemberRole,
+    node::rebuild::fail_point::{arm, is_armed},
+};
 
 use super::support::Cluster;
 
@@ -24,6 +27,32 @@ async fn an_operator_adds_shows_and_removes_a_node_with_the_commands() {
     let addr = cluster.peer(spare).addr.clone();
     let (code, out, err) = stemedb(&cluster, &["member", "add", "node-4", "--addr", &addr, "--dry-run"]).await;
     assert!(code == 0 && out.contains("afterwards 3 of 4 must work and 1 more may fail"), "{code}: {out}{err}");
+
+    // On its way in, as every list shows it; and taken back.
+    let folder = cluster.folder(spare);
+    arm(&folder, "rebuild.pulled");
+    let args = ["member", "add", "node-4", "--addr", &addr, "--no-wait", "--json"];
+    let (code, out, err) = stemedb(&cluster, &args).await;
+    let job: serde_json::Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{code} {e}: {out}{err}"));
+    cluster.until("the node to fetch", async |_| (!is_armed(&folder)).then_some(())).await;
+    for list in [["status"].as_slice(), &["member", "list"]] {
+        cluster
+            .until("the bytes of the checkpoint", async |c| {
+                let (code, out, err) = stemedb(c, list).await;
+                assert!(code == 0 && out.contains("member-add of node-4: waiting for the node"), "{code}: {out}{err}");
+                out.contains(" bytes").then_some(())
+            })
+            .await;
+    }
+    let (code, out, err) = stemedb(&cluster, &["status", "--json"]).await;
+    let status: serde_json::Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{code} {e}: {out}{err}"));
+    assert_eq!((&status["change"]["id"], &status["healthy"]), (&job["id"], &true.into()), "{status}");
+    let (code, out, err) = stemedb(&cluster, &["job", "cancel", job["id"].as_str().unwrap()]).await;
+    assert!(code == 0 && out.contains("cancelled"), "{code}: {out}{err}");
+    cluster.stop(spare).await;
+    cluster.restart(spare).await;
+    cluster.until("it to wait", async |c| (c.node(spare).health().status == "joining").then_some(())).await;
+
     let (code, out, err) = stemedb(&cluster, &["member", "add", "node-4", "--addr", &addr]).await;
     assert!(code == 0 && out.contains("node-4 votes; of 4 voters 3 must work"), "{code}: {out}{err}");
     cluster.voters(&[0, 1, 2, spare]).await;

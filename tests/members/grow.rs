@@ -1,6 +1,11 @@
 //! A cluster grows and shrinks, and whoever was removed knows it.
 
-use stemedb::config::MemberRole;
+use serde_json::json;
+use stemedb::{
+    cli::http_client::Call,
+    config::MemberRole,
+    node::rebuild::fail_point::{arm, is_armed},
+};
 
 use super::support::Cluster;
 
@@ -68,6 +73,33 @@ async fn nodes_are_added_as_voters_and_the_leader_is_removed_for_good() {
     for i in 0..5 {
         assert_eq!(cluster.count(i).await, 22, "node {i}");
     }
+
+    // A node fails after an order without force: it waits, because no further failure could be tolerated.
+    let leader = cluster.leader().await;
+    let others: Vec<usize> = (0..5).filter(|i| *i != leader).collect();
+    let (gone, fails, stays) = (others[0], others[1], others[2]);
+    let folder = cluster.folder(leader);
+    arm(&folder, "member.announce");
+    let job = cluster.taken(stays, cluster.remove(gone, "?wait=false")).await;
+    let id = job["id"].as_str().unwrap();
+    cluster.until("it to be announced", async |_| (!is_armed(&folder)).then_some(())).await;
+    cluster.stop(fails).await;
+    let target = json!({"target": cluster.name(stays)}).to_string();
+    cluster.taken(leader, Call::post("/v1/admin/failover", target)).await;
+    cluster
+        .until("it to wait for the node", async |c| {
+            let job = c.job(stays, id).await?;
+            let why = job["detail"].as_str()?;
+            (job["state"] == "waiting" && why.contains("no further failure") && why.contains(c.name(fails)))
+                .then_some(())
+        })
+        .await;
+    cluster.restart(fails).await;
+    cluster.ended(stays, id, "finished").await;
+    // Having handed over it is about to stop.
+    cluster.stop(leader).await;
+    cluster.restart(leader).await;
+    cluster.voters(&[leader, fails, stays, others[3]]).await;
     cluster.stop_all().await;
 }
 
@@ -84,7 +116,7 @@ async fn is_out(cluster: &Cluster, i: usize) {
     let answer = cluster.get(i, "/v1/query?concept_path=test/members").await;
     assert_eq!((answer.status, &*answer.problem().kind), (503, "/problems/node-removed"));
     let body = r#"{"concept_path": "test/members", "predicate": "p", "value": 1}"#;
-    let write = stemedb::cli::http_client::Call::post("/v1/assert", body);
+    let write = Call::post("/v1/assert", body);
     let (kind, detail) = cluster.refused(i, write).await;
     assert!(kind == "node-removed" && detail.contains("was removed from the cluster"), "{kind}: {detail}");
 }

@@ -31,6 +31,25 @@ async fn a_learner_receives_everything_answers_and_never_votes_or_leads() {
     cluster.restart(far).await;
     cluster.until("the learner to be ready again", async |c| c.node(far).is_ready().is_ok().then_some(())).await;
     assert_eq!((cluster.count(far).await, &*cluster.node(far).health().role), (3, "learner"));
+
+    // Its files are lost: it comes again by itself, as it is one already.
+    cluster.stop(far).await;
+    cluster.empty(far);
+    cluster.write(0, "while it had nothing").await;
+    cluster.restart(far).await;
+    cluster.until("the learner to be ready once more", async |c| c.node(far).is_ready().is_ok().then_some(())).await;
+    assert_eq!((cluster.count(far).await, &*cluster.node(far).health().role), (4, "learner"));
+    cluster
+        .until("nothing of the old one to be left", async |c| {
+            let listed = c.taken(leader, Call::get(super::support::MEMBERS)).await;
+            (listed["members"].as_array().unwrap().len() == 4 && listed["change"].is_null()).then_some(())
+        })
+        .await;
+    let jobs = cluster.taken(leader, Call::get("/v1/admin/jobs")).await;
+    let job = &jobs["jobs"][0];
+    assert_eq!((&job["kind"], &job["cause"]), (&"member-add".into(), &"the node itself".into()), "{jobs}");
+    cluster.voters(&[0, 1, 2]).await;
+
     let job = cluster.taken(leader, cluster.remove(far, "")).await;
     assert_eq!(job["state"], "finished", "{job}");
     cluster.until("the learner to know it", async |c| (c.node(far).health().status == "removed").then_some(())).await;

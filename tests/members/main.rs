@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::print_stderr, missing_docs)]
 
 mod cli;
+#[path = "../cluster_rig/mod.rs"]
+mod cluster_rig;
 mod grow;
 mod killed;
 mod learner;

@@ -40,6 +40,21 @@ async fn what_is_wrong_with_an_order_is_said_before_anything_is_begun() {
     // Fault tolerance would go: only by force, and a quorum not even so.
     let (kind, detail) = cluster.refused(follower, cluster.remove(third, "")).await;
     assert!(kind == "flow-refused" && detail.contains("force=true") && detail.contains("1 more may fail"), "{detail}");
+    // A voter that answers and has nearly nothing of the log is no voter that works.
+    cluster.disk(third).hang_sync("segment.0");
+    let large = json!({"concept_path": "test/large", "predicate": "p", "value": "x".repeat(900_000)}).to_string();
+    cluster
+        .until("the third to need a checkpoint", async |c| {
+            let written = c.call(leader, &Call::post("/v1/assert", large.clone())).await;
+            assert!(written.is_success(), "{}", written.describe());
+            let plan = c.taken(leader, c.remove(follower, "?dry_run=true&force=true")).await;
+            let why = plan["detail"].as_str().unwrap();
+            (plan["allowed"] == false && why.contains("its log") && why.contains(c.name(third))).then_some(())
+        })
+        .await;
+    let (kind, detail) = cluster.refused(leader, cluster.remove(follower, "?force=true")).await;
+    assert!(kind == "flow-refused" && detail.contains("nothing could be written"), "{kind}: {detail}");
+    cluster.disk(third).release();
     cluster.stop(third).await;
     let (kind, detail) = cluster.refused(leader, cluster.remove(follower, "?force=true")).await;
     assert!(kind == "flow-refused" && detail.contains("nothing could be written"), "{detail}");

@@ -1,7 +1,10 @@
 //! A node that died is replaced by an empty one under load, and a living one too.
 
+use stemedb::admin::rebuild::Phase;
 use stemedb::config::MemberRole;
 use stemedb::node::rebuild::fail_point::{arm, is_armed};
+use stemedb::node::rebuild::{PLACE_WHY, journal::Journal, messages::KnownMember};
+use stemedb_raft::types::Member;
 
 use super::support::{Clients, Cluster};
 
@@ -63,6 +66,33 @@ async fn a_node_that_dies_on_its_way_in_goes_on_when_it_is_back() {
     cluster.ended(leader, &id.unwrap(), "finished").await;
     let rest: Vec<usize> = (0..4).filter(|i| *i != old).collect();
     cluster.voters(&rest).await;
+    assert_eq!(cluster.count(spare).await, 1);
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_comes_although_all_members_that_it_knew_have_been_replaced() {
+    let mut cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    cluster.write(leader, "before").await;
+    let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+    let gone = Member { name: "gone".into(), peer_addr: closed, http_addr: String::new() };
+    // It was on its way in long ago.
+    let journal = Journal {
+        job: 7,
+        phase: Phase::Granted,
+        why: PLACE_WHY.to_owned(),
+        automatic: true,
+        fresh_id: 7_777,
+        members: vec![KnownMember { id: 1, member: gone, voter: true }],
+        ..Journal::default()
+    };
+    let prepare = |folder: &std::path::Path| journal.save(folder).unwrap();
+    let spare = cluster.spare_with("node-4", MemberRole::Voter, prepare).await;
+    cluster.until("it to say so", async |c| (c.node(spare).health().status == "joining").then_some(())).await;
+    let job = cluster.taken(leader, cluster.add(spare, "")).await;
+    assert_eq!(job["state"], "finished", "{job}");
+    cluster.voters(&[0, 1, 2, spare]).await;
     assert_eq!(cluster.count(spare).await, 1);
     cluster.stop_all().await;
 }

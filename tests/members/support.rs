@@ -1,6 +1,11 @@
 //! Nodes of which some form a cluster and others come later, each of which can be stopped and started alone.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use stemedb::{
@@ -9,7 +14,7 @@ use stemedb::{
         drill_load::{self, Load},
         http_client::{Answer, Call, Client, Endpoint},
     },
-    config::{Config, MemberRole, PeerEntry},
+    config::{MemberRole, PeerEntry},
     judge::{ReadOutcome, WriteOutcome, check},
     metrics::Metrics,
     node::{Ground, Node},
@@ -21,6 +26,8 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
+
+use crate::cluster_rig;
 
 /// Far above what any condition needs; only a hang ends a test by this.
 pub const HANG: Duration = Duration::from_secs(120);
@@ -52,30 +59,14 @@ pub struct Cluster {
     _alone: MutexGuard<'static, ()>,
 }
 
-async fn listeners() -> (TcpListener, TcpListener) {
-    (TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap())
-}
-
-fn entry(name: &str, peer: &TcpListener, http: &TcpListener) -> PeerEntry {
-    let text = |listener: &TcpListener| listener.local_addr().unwrap().to_string();
-    PeerEntry { name: name.to_owned(), addr: text(peer), http: text(http) }
-}
-
 impl Cluster {
     /// `size` members that are ready, with a leader.
     pub async fn new(size: usize) -> Cluster {
-        if std::env::var_os("STEMEDB_TEST_LOG").is_some() {
-            let _set_before = tracing_subscriber::fmt().with_writer(io::stderr).try_init();
-        }
+        cluster_rig::log_if_wanted();
         let alone = ONE_AT_A_TIME.lock().await;
-        let mut bound = Vec::new();
-        for i in 1..=size {
-            let (peer, http) = listeners().await;
-            bound.push((entry(&format!("node-{i}"), &peer, &http), peer, http));
-        }
-        let lists: Vec<PeerEntry> = bound.iter().map(|(entry, ..)| entry.clone()).collect();
+        let (lists, listeners) = cluster_rig::nodes(size).await;
         let mut cluster = Cluster { dir: tempfile::tempdir().unwrap(), seats: vec![], _alone: alone };
-        for (peer, peer_listener, http) in bound {
+        for (peer, (peer_listener, http)) in lists.clone().into_iter().zip(listeners) {
             let (lists, role) = (lists.clone(), MemberRole::Voter);
             cluster.seats.push(Seat { peer, lists, role, disk: SimDisk::new(), running: None });
             cluster.start(cluster.seats.len() - 1, peer_listener, http).await;
@@ -87,12 +78,19 @@ impl Cluster {
 
     /// A node with an empty folder whose configuration lists the nodes there are and itself.
     pub async fn spare(&mut self, name: &str, role: MemberRole) -> usize {
-        let (peer_listener, http) = listeners().await;
-        let peer = entry(name, &peer_listener, &http);
+        self.spare_with(name, role, |_| {}).await
+    }
+
+    /// The same with something in its folder.
+    pub async fn spare_with(&mut self, name: &str, role: MemberRole, prepare: impl FnOnce(&Path)) -> usize {
+        let (mut peers, mut listeners) = cluster_rig::nodes(1).await;
+        let (peer, (peer_listener, http)) = (peers.remove(0), listeners.remove(0));
+        let peer = PeerEntry { name: name.to_owned(), ..peer };
         let mut lists: Vec<PeerEntry> = self.seats.iter().map(|seat| seat.peer.clone()).collect();
         lists.push(peer.clone());
         self.seats.push(Seat { peer, lists, role, disk: SimDisk::new(), running: None });
         let i = self.seats.len() - 1;
+        prepare(&self.folder(i));
         self.start(i, peer_listener, http).await;
         i
     }
@@ -109,31 +107,22 @@ impl Cluster {
         &self.seats[i].peer
     }
 
+    pub fn disk(&self, i: usize) -> &SimDisk {
+        &self.seats[i].disk
+    }
+
     pub fn size(&self) -> usize {
         self.seats.len()
     }
 
     async fn start(&mut self, i: usize, peer: TcpListener, http: TcpListener) {
         let seat = &self.seats[i];
-        let mut config = Config::default();
-        // A test needs no reserve for a full disk, and there are many nodes at once.
-        config.storage.ballast_mb = 0;
-        // A busy machine is not a hanging disk.
-        (config.cluster.stall_handoff_ms, config.cluster.stall_fence_ms) = (60_000, 600_000);
-        config.cluster.auto_rebuild = false;
-        config.node.name = seat.peer.name.clone();
-        config.node.data_dir = self.folder(i);
-        config.http.listen = seat.peer.http.clone();
-        config.cluster.peers = seat.lists.clone();
+        let place = seat.lists.iter().position(|peer| peer.name == seat.peer.name).unwrap();
+        let mut config = cluster_rig::config(&seat.lists, place, self.dir.path());
+        // What becomes of a failed voter is for `tests/rebuild`; a learner has no permit to ask for.
+        config.cluster.auto_rebuild = seat.role == MemberRole::Learner;
         config.cluster.role = seat.role;
-        config.cluster.bootstrap_expect = u32::try_from(seat.lists.len()).unwrap();
-        // Two cores run these nodes and other tests: elections by overload are not what is tested here.
-        config.cluster.heartbeat_ms = 100;
-        config.cluster.election_min_ms = 600;
-        config.cluster.election_max_ms = 1_200;
-        config.wal.segment_size_mb = 1;
         config.wal.retain_mb = 1;
-        config.cluster.request_deadline_ms = 60_000;
         config.cluster.stop_deadline_ms = 60_000;
         // Nobody polls here: what has to notice is waited for.
         config.cluster.drain_notice_ms = 50;

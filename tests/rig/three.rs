@@ -1,4 +1,4 @@
-//! Three server processes on this machine, with a ledger of what they acknowledged.
+//! Three server processes on this machine, with a ledger of what they acknowledged; and others that may join them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -25,21 +25,42 @@ pub struct Three {
 impl Three {
     /// Three nodes that are ready.
     pub async fn start() -> Self {
+        Self::prepared(0, &[]).await
+    }
+
+    /// The same, and so many nodes that are not running and no members: their configuration lists all.
+    pub async fn with_spares(spares: usize) -> Self {
+        Self::prepared(spares, &[]).await
+    }
+
+    /// The three with further variables of their environment: of which node, name and value.
+    pub async fn with_env(env: &[(usize, &str, &str)]) -> Self {
+        Self::prepared(0, env).await
+    }
+
+    async fn prepared(spares: usize, env: &[(usize, &str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut nodes = plan(&dir.path().join("data"), 3, free_port(3).unwrap()).unwrap();
+        let count = 3 + spares;
+        let mut nodes = plan(&dir.path().join("data"), count, free_port(count).unwrap()).unwrap();
         for node in &mut nodes {
             node.log = dir.path().join(format!("{}.log", node.name));
         }
         let program = PathBuf::from(env!("CARGO_BIN_EXE_stemedb"));
         let mut processes = LocalCluster::prepare_with(program, nodes).unwrap();
-        for node in processes.plan() {
+        for (i, node) in processes.plan().iter().enumerate() {
             let text = std::fs::read_to_string(node.config_file()).unwrap();
+            let text = if i < 3 { listing_three(&text, count) } else { text };
             std::fs::write(node.config_file(), tuned(&text)).unwrap();
         }
-        for i in 0..3 {
+        for i in 0..count {
             processes.set_node_env(i, "STEMEDB_TEST_FAIL_FILE", fail_file(dir.path(), i));
         }
-        processes.start_all().unwrap();
+        for (node, name, value) in env {
+            processes.set_node_env(*node, name, *value);
+        }
+        for i in 0..3 {
+            processes.start(i).unwrap();
+        }
         processes.wait_ready(HANG).await.unwrap();
         Self { processes, acknowledged: BTreeSet::new(), fills: 0, dir }
     }
@@ -91,7 +112,7 @@ impl Three {
             }
         };
         if tokio::time::timeout(HANG, wait).await.is_err() {
-            for i in 0..3 {
+            for i in 0..self.processes.plan().len() {
                 println!("{:?}\n{}", self.health(i).await, self.log_tail(i));
             }
             panic!("waited in vain: {what}");
@@ -191,6 +212,13 @@ pub const FRAME_HEADER_BYTES: usize = 72;
 
 fn fail_file(dir: &Path, i: usize) -> PathBuf {
     dir.join(format!("fail-{i}"))
+}
+
+/// The configuration of a member that knows of no others than the first three.
+fn listing_three(text: &str, count: usize) -> String {
+    const PEER: &str = "\n[[cluster.peers]]";
+    let kept: Vec<&str> = text.split(PEER).take(1 + 3).collect();
+    kept.join(PEER).replacen(&format!("bootstrap_expect = {count}"), "bootstrap_expect = 3", 1)
 }
 
 /// Small files, and clocks for a machine on which other tests run.

@@ -315,10 +315,12 @@ impl Run {
 /// Takes the mark away, from the disk first.
 async fn open_again(process: &Arc<Process>) -> Result<(), FlowError> {
     let flows = Arc::clone(&process.flows);
+    fail_point::pass_until_stop(process, "undrain.persist").await?;
     let written = tokio::task::spawn_blocking(move || flows.drain.persist_blocking(false)).await;
     let failed =
         |why: String| FlowError::Impossible(format!("the end of the drain cannot be noted on the disk: {why}"));
     written.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+    fail_point::pass_until_stop(process, "undrain.open").await?;
     process.flows.drain.set(Mark::None);
     Ok(())
 }
@@ -344,12 +346,17 @@ pub async fn order_undrain(process: &Arc<Process>) -> Result<String, FlowError> 
         job.end(JobState::Finished, "it was in traffic already");
         return Ok(id);
     }
-    match open_again(process).await {
-        Ok(()) => job.end(JobState::Finished, "it is in traffic again, as soon as it is ready"),
-        Err(error) => {
-            job.end(JobState::Failed, error.to_string());
-            return Err(error);
+    let (ended, answer) = oneshot::channel();
+    let owner = Arc::clone(process);
+    // On a task of its own: whoever ordered it may go away at any moment.
+    process.vital.spawn("an undrain", async move {
+        let opened = open_again(&owner).await;
+        match &opened {
+            Ok(()) => job.end(JobState::Finished, "it is in traffic again, as soon as it is ready"),
+            Err(error) => job.end(JobState::Failed, error.to_string()),
         }
-    }
+        let _gone = ended.send(opened);
+    });
+    answer.await.unwrap_or_else(|_| Err(FlowError::Impossible("this node is stopping".to_owned())))?;
     Ok(id)
 }

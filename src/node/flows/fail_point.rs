@@ -6,7 +6,11 @@
 
 use std::path::Path;
 
-use super::{super::rebuild::fail_point, board::Job};
+use super::{
+    super::{process::Process, rebuild::fail_point},
+    FlowError,
+    board::Job,
+};
 use crate::admin::{drain, failover};
 
 /// The points of a drain, in the order of the flow.
@@ -20,6 +24,9 @@ pub const DRAIN_POINTS: &[&str] = &[
     "drain.await_requests",
     "drain.finish",
 ];
+
+/// The points of an undrain, and of a drain that is cancelled, in the order of the flow.
+pub const UNDRAIN_POINTS: &[&str] = &["undrain.persist", "undrain.open"];
 
 /// The points of a failover, in the order of the flow.
 pub const FAILOVER_POINTS: &[&str] = &["failover.trigger", "failover.await", "failover.confirm", "failover.done"];
@@ -59,4 +66,13 @@ pub async fn pass(data_dir: &Path, point: Option<&'static str>, job: &Job) {
     {
         job.cancel().cancelled().await;
     }
+}
+
+/// The same where there is nothing to cancel: stays there until the process stops.
+pub async fn pass_until_stop(process: &Process, point: &'static str) -> Result<(), FlowError> {
+    if fail_point::hit(&process.config.node.data_dir, point).is_err() {
+        process.stop.cancelled().await;
+        return Err(FlowError::Impossible("this node is stopping".to_owned()));
+    }
+    Ok(())
 }

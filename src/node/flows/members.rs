@@ -77,19 +77,25 @@ pub fn ill(status: &Result<StatusReply, String>, is_voter: bool) -> Option<Strin
     }
 }
 
-/// The others as candidates for leadership. Their lag is what this node, the leader, knows of it.
-pub fn candidates(shared: &Shared, core: &Core, asked: Vec<Asked>) -> Vec<Other> {
+/// Entries and bytes of its log that a member has not acknowledged, by what this node, the leader, knows of it now;
+/// `None`: nothing, or it needs a checkpoint.
+pub fn lags<'a>(shared: &'a Shared, core: &Core) -> impl Fn(u64) -> Option<(u64, u64)> + use<'a> {
     let metrics = core.raft_metrics();
     let end = metrics.last_log_index.map_or(0, |last| last + 1);
     let replication = metrics.replication.unwrap_or_default();
     let purged = metrics.purged.map(|id| id.index);
-    let lag = |id: u64| {
+    move |id| {
         let missing_from = replication.get(&id).copied().flatten()?.index + 1;
         // What was purged comes with a checkpoint only.
         let bytes =
             shared.wal().filter(|_| purged.is_none_or(|purged| missing_from > purged))?.bytes_from(missing_from);
         Some((end.saturating_sub(missing_from), bytes))
-    };
+    }
+}
+
+/// The others as candidates for leadership. Their lag is what this node, the leader, knows of it.
+pub fn candidates(shared: &Shared, core: &Core, asked: Vec<Asked>) -> Vec<Other> {
+    let lag = lags(shared, core);
     let other = |asked: Asked| {
         let (silent, status) = match asked.status {
             Ok(status) => (None, Some(status)),

@@ -28,14 +28,14 @@ use crate::admin::{
     failover::Refusal,
 };
 
-pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS};
+pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS, UNDRAIN_POINTS};
 pub use self::{
     board::{Board, NotCancelled},
     compact::order_compact,
     drain::{DrainOrder, DrainPlan, order_drain, order_undrain, plan_drain},
     failover::{Candidate, FailoverPlan, move_leadership, order_failover, plan_failover},
     mark::{DrainMark, DrainWatch},
-    members::{Asked, ask_all, candidates, ill},
+    members::{Asked, ask_all, candidates, ill, lags},
     stop::stop_gently,
     traffic::Traffic,
 };

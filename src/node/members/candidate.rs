@@ -52,9 +52,10 @@ pub fn answer(shared: &Shared) -> Result<Bytes, NetRefusal> {
     let identity = shared.identity.load_full();
     let config = &shared.config;
     let on_its_way = shared.desk.current().filter(|job| job.kind == "rebuild");
-    let needs_place = matches!(&*shared.need.borrow(), Some(Need::Place(_)));
+    // A node of another cluster, or one that is rebuilt, has something to lose.
+    let comes = matches!(&*shared.need.borrow(), Some(Need::Place(_))) || on_its_way.as_ref().is_some_and(|j| j.comes);
     // Whether a folder is empty is not known before its log was read.
-    if shared.wal().is_none() && on_its_way.is_none() && !needs_place && identity.is_none() {
+    if shared.wal().is_none() && on_its_way.is_none() && !comes && identity.is_none() {
         return Err(NetRefusal::new(REFUSED_BEFORE_EFFECT, "this node is still starting"));
     }
     let own = config.cluster.peers.iter().find(|peer| peer.name == config.node.name);
@@ -65,7 +66,7 @@ pub fn answer(shared: &Shared) -> Result<Bytes, NetRefusal> {
         cluster_id: (*identity).as_ref().map(|id| id.cluster_id),
         raft_id: (*identity).as_ref().map_or(0, |id| id.raft_id),
         empty: shared.members.removed().is_none()
-            && ((identity.is_none() && !shared.log_is_used()) || on_its_way.is_some()),
+            && (comes || (identity.is_none() && !shared.log_is_used() && on_its_way.is_none())),
         learner: config.cluster.role == MemberRole::Learner,
         http_addr: own.map_or_else(|| config.http.listen.clone(), |peer| peer.http.clone()),
         step: job.step.to_owned(),

@@ -133,6 +133,8 @@ impl MembersDesk {
             },
             step: "finished",
             steps: live.steps,
+            bytes_done: live.bytes_done,
+            bytes_total: live.bytes_total,
             detail: ended.detail.clone(),
             ms: ended.ended_unix_ms.saturating_sub(ended.intent.began_unix_ms),
             ..basics(&ended.intent)
@@ -167,27 +169,31 @@ fn sentence(intent: &Intent) -> String {
     }
 }
 
-/// Every change of the members that this node knows of, the newest first.
-pub async fn all(shared: &Shared) -> Vec<JobReport> {
-    let Ok(book) = book(shared).await else { return Vec::new() };
+/// Every change of the members that this node knows of, the newest first. A node without a state knows of none; one
+/// whose state cannot be read says so.
+pub async fn all(shared: &Shared) -> Result<Vec<JobReport>, String> {
+    if shared.core.get().is_none() {
+        return Ok(Vec::new());
+    }
+    let book = book(shared).await?;
     let current = book.current.iter().map(|intent| shared.members.running(intent));
-    current.chain(book.ended.iter().rev().map(|ended| shared.members.over(ended))).collect()
+    Ok(current.chain(book.ended.iter().rev().map(|ended| shared.members.over(ended))).collect())
 }
 
 /// One of them by its id.
-pub async fn one(shared: &Shared, id: &str) -> Option<JobReport> {
-    all(shared).await.into_iter().find(|job| job.id == id)
+pub async fn one(shared: &Shared, id: &str) -> Result<Option<JobReport>, String> {
+    Ok(all(shared).await?.into_iter().find(|job| job.id == id))
 }
 
 /// Waits until it has ended; `None` when this node knows no such job, or cannot know any more.
-pub async fn wait_ended(shared: &Shared, id: &str) -> Option<JobReport> {
+pub async fn wait_ended(shared: &Shared, id: &str) -> Result<Option<JobReport>, String> {
     loop {
-        let job = one(shared, id).await?;
+        let Some(job) = one(shared, id).await? else { return Ok(None) };
         if job.state.is_over() {
-            return Some(job);
+            return Ok(Some(job));
         }
         tokio::select! {
-            () = shared.core_stop.cancelled() => return None,
+            () = shared.core_stop.cancelled() => return Ok(None),
             () = tokio::time::sleep(LOOK) => {}
         }
     }

@@ -8,8 +8,10 @@ use stemedb_raft::types::{Member, StoredMembership};
 
 use super::{book, is_joint};
 use crate::{
+    clock,
     node::{
         core::{Core, Shared},
+        level,
         rebuild::{
             grant::{bounded, members_of, propose_op},
             messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply},
@@ -17,7 +19,7 @@ use crate::{
     },
     state::{
         command::{MemberCommand, Operation, Outcome},
-        members::{End, Intent},
+        members::{Change, End, Ended, Intent, MemberBook},
         permits::Permit,
     },
 };
@@ -25,6 +27,10 @@ use crate::{
 /// A learner that lacks at most this many entries may become a voter: it gets them within milliseconds, and under load
 /// it always lacks some.
 pub const BEHIND_ENTRIES_MAX: u64 = 256;
+
+/// The cause of what a learner has begun by itself.
+const CAME_BY_ITSELF: &str = "the node itself";
+const DAY_MS: u64 = 24 * 3_600 * 1_000;
 
 /// Entries of the leader's log that a member has not acknowledged, and whether it has acknowledged anything.
 pub fn behind(core: &Core, id: u64) -> (u64, bool) {
@@ -47,27 +53,37 @@ pub async fn place(
     cluster_id: ClusterId,
     leader: u64,
 ) -> AskReply {
-    let name = ask.name;
+    let name = ask.name.clone();
     let known = match book(shared).await {
         Ok(known) => known,
         Err(why) => return AskReply::Failed(why),
     };
-    let Some(intent) = awaited(known.current, &name) else {
-        let is_learner = membership.nodes().any(|(_, member)| member.name == name);
-        let why = match is_learner {
-            true => {
-                format!("{name} is a learner that has lost its files: remove it, empty its folder, and add it again")
-            }
-            false => {
-                format!("{name} is no member of this cluster: add it with `stemedb member add {name} --addr HOST:PORT`")
-            }
-        };
-        return AskReply::Refused(match ask.dry_run {
-            true => Refusal::Operator(why),
-            false => Refusal::Waits(vec![why]),
-        });
-    };
     let mut granted = Granted { permit: None, cluster_id, leader, members: members_of(membership) };
+    let listed = membership.nodes().find(|(_, member)| member.name == name).map(|(_, member)| member.clone());
+    let comes = awaited(known.current.clone(), &name);
+    let addr = comes.as_ref().map(|intent| &intent.peer_addr).or(listed.as_ref().map(|member| &member.peer_addr));
+    if let Some(addr) = addr
+        && let Some(why) = level::keeps_out(shared, core, &name, addr).await
+    {
+        return AskReply::Refused(Refusal::Waits(vec![why]));
+    }
+    let intent = match (comes, listed) {
+        (Some(intent), _) => intent,
+        (None, Some(member)) => match come_again(shared, core, &known, member, &ask).await {
+            Ok(Some(intent)) => intent,
+            Ok(None) => return AskReply::Granted(Box::new(granted)),
+            Err(refused) => return refused,
+        },
+        (None, None) => {
+            let why = format!(
+                "{name} is no member of this cluster: add it with `stemedb member add {name} --addr HOST:PORT`"
+            );
+            return AskReply::Refused(match ask.dry_run {
+                true => Refusal::Operator(why),
+                false => Refusal::Waits(vec![why]),
+            });
+        }
+    };
     if ask.dry_run {
         return AskReply::Granted(Box::new(granted));
     }
@@ -96,6 +112,64 @@ pub async fn place(
         Ok(other) => AskReply::Failed(format!("the place ended with {other:?}")),
         Err(why) => AskReply::Failed(why),
     }
+}
+
+/// A learner has lost its files, or is made anew: it comes once more, under another id. Nobody counts on what it has, so
+/// that it needs no permit, and no order of an operator beyond the first. `None` after a dry run: it may.
+async fn come_again(
+    shared: &Shared,
+    core: &Core,
+    known: &MemberBook,
+    member: Member,
+    ask: &Ask,
+) -> Result<Option<Intent>, AskReply> {
+    let name = &ask.name;
+    if let Some(current) = &known.current {
+        let why = format!("the {} of {} to end", current.change.word(), current.name);
+        return Err(AskReply::Refused(Refusal::Waits(vec![why])));
+    }
+    let times = times_today(known, name, clock::unix_ms());
+    if ask.automatic && times >= shared.config.rebuild.automatic_per_day {
+        return Err(AskReply::Refused(Refusal::Operator(format!(
+            "{name} has come again {times} times within a day; an operator decides whether its disk is good enough for \
+             another time (POST /v1/admin/node/rebuild on it, or `stemedb rebuild {name}`)"
+        ))));
+    }
+    if ask.dry_run {
+        return Ok(None);
+    }
+    let intent = Intent {
+        job: uuid::Uuid::now_v7().as_u128(),
+        change: Change::Add { learner: true },
+        name: member.name,
+        peer_addr: member.peer_addr,
+        http_addr: member.http_addr,
+        forced: false,
+        cause: if ask.automatic { CAME_BY_ITSELF } else { "an operator" }.to_owned(),
+        began_unix_ms: clock::unix_ms(),
+        place: None,
+        leaves: Vec::new(),
+        changing: false,
+        cancelled: false,
+    };
+    match propose_op(shared, core, Operation::Members(MemberCommand::Begin(Box::new(intent)))).await {
+        Ok(Outcome::Member(intent)) => {
+            tracing::warn!(node = name, "a learner comes again, as one without files");
+            Ok(Some(*intent))
+        }
+        Ok(Outcome::Refused(_)) => {
+            Err(AskReply::Refused(Refusal::Waits(vec!["another change of the members to end".to_owned()])))
+        }
+        Ok(other) => Err(AskReply::Failed(format!("the order ended with {other:?}"))),
+        Err(why) => Err(AskReply::Failed(why)),
+    }
+}
+
+/// How often a learner has come again by itself within the last day. Pure.
+fn times_today(known: &MemberBook, name: &str, now_unix_ms: u64) -> u64 {
+    let is_its = |ended: &&Ended| ended.intent.name == name && ended.intent.cause == CAME_BY_ITSELF;
+    let today = known.ended.iter().filter(is_its).filter(|e| now_unix_ms.saturating_sub(e.ended_unix_ms) < DAY_MS);
+    u64::try_from(today.count()).unwrap_or(u64::MAX)
 }
 
 /// A step that a node with a place asks for; `None`: it has none, or none any more.
@@ -136,17 +210,71 @@ async fn join(core: &Core, intent: &Intent, fresh_id: u64) -> Result<(), String>
     take_out_learners(core, &intent.name, Some(fresh_id)).await
 }
 
-/// Removes the learners of that name, all but `keep`: ways in that were given up.
-pub async fn take_out_learners(core: &Core, name: &str, keep: Option<u64>) -> Result<(), String> {
-    let membership = core.raft_metrics().membership_config;
+/// The learners of that name, all but `keep`. Of a node that comes they are ways in that were given up.
+pub fn learners_of(membership: &StoredMembership, name: &str, keep: Option<u64>) -> BTreeSet<u64> {
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
-    let void: BTreeSet<u64> = membership
-        .nodes()
-        .filter(|(id, member)| member.name == name && Some(**id) != keep && !voters.contains(id))
-        .map(|(id, _)| *id)
-        .collect();
+    let is_void = |(id, member): &(&u64, &Member)| member.name == name && Some(**id) != keep && !voters.contains(id);
+    membership.nodes().filter(is_void).map(|(id, _)| *id).collect()
+}
+
+/// Removes the learners of that name, all but `keep`.
+pub async fn take_out_learners(core: &Core, name: &str, keep: Option<u64>) -> Result<(), String> {
+    let void = learners_of(&core.raft_metrics().membership_config, name, keep);
     if !void.is_empty() {
         bounded(core.raft.change_membership(ChangeMembers::RemoveNodes(void), true)).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+
+    use openraft::Membership;
+
+    use super::*;
+
+    #[test]
+    fn ways_in_that_were_given_up_are_found_and_the_one_that_counts_is_kept() {
+        let member = |name: &str| Member { name: name.into(), ..Member::default() };
+        let nodes = BTreeMap::from([(1, member("a")), (2, member("b")), (7, member("d")), (9, member("d"))]);
+        let membership = StoredMembership::new(None, Membership::new(vec![[1, 2].into()], nodes).unwrap());
+        assert_eq!(learners_of(&membership, "d", Some(9)), [7].into());
+        assert_eq!(learners_of(&membership, "d", None), [7, 9].into());
+        assert_eq!(learners_of(&membership, "a", None), [].into(), "a voter is none");
+    }
+
+    #[test]
+    fn only_what_a_learner_did_by_itself_within_a_day_counts() {
+        let ended = |name: &str, cause: &str, ended_unix_ms| Ended {
+            intent: Intent {
+                job: 1,
+                change: Change::Add { learner: true },
+                name: name.into(),
+                peer_addr: String::new(),
+                http_addr: String::new(),
+                forced: false,
+                cause: cause.into(),
+                began_unix_ms: 0,
+                place: None,
+                leaves: vec![],
+                changing: false,
+                cancelled: false,
+            },
+            end: End::Finished,
+            detail: String::new(),
+            ended_unix_ms,
+        };
+        let now_ms = 3 * DAY_MS;
+        let ended = vec![
+            ended("far", CAME_BY_ITSELF, now_ms - DAY_MS),
+            ended("far", CAME_BY_ITSELF, now_ms - DAY_MS + 1),
+            ended("far", "an operator", now_ms),
+            ended("near", CAME_BY_ITSELF, now_ms),
+            ended("far", CAME_BY_ITSELF, now_ms),
+        ];
+        let book = MemberBook { ended, ..MemberBook::default() };
+        assert_eq!(times_today(&book, "far", now_ms), 2);
+    }
 }

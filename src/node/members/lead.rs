@@ -13,17 +13,17 @@ use tokio::time::Instant;
 use super::{
     candidate::candidate,
     ids_of, is_joint,
-    join::{BEHIND_ENTRIES_MAX, behind, take_out_learners},
+    join::{BEHIND_ENTRIES_MAX, behind, learners_of, take_out_learners},
 };
 use crate::{
     admin::{
         failover,
-        member::{Kind, Outlook, Step, View, Voters, next},
+        member::{self, Kind, Outlook, Step, View, Voters, next},
     },
     clock,
     node::{
         core::{Core, Role, Shared},
-        flows::{Asked, ask_all, candidates, ill, move_leadership},
+        flows::{Asked, ask_all, candidates, ill, lags, move_leadership},
         kinds::Kind as Message,
         messages::pack,
         read,
@@ -234,11 +234,19 @@ fn kind_of(intent: &Intent) -> Kind {
 }
 
 /// What the voters are now and would be, and who of them works.
-pub fn outlook(shared: &Shared, membership: &StoredMembership, asked: &[Asked], intent: &Intent) -> Outlook {
+pub fn outlook(
+    shared: &Shared,
+    core: &Core,
+    membership: &StoredMembership,
+    asked: &[Asked],
+    intent: &Intent,
+) -> Outlook {
     let name_of = |id: u64| membership.get_node(&id).map(|member| member.name.clone());
     let now: BTreeSet<String> = membership.voter_ids().filter_map(name_of).collect();
     let own = shared.silenced().map(|why| (shared.name().to_owned(), why));
-    let others = asked.iter().filter_map(|other| Some((other.member.name.clone(), ill(&other.status, other.voter)?)));
+    let lag = lags(shared, core);
+    let complaint = |other: &Asked| ill(&other.status, other.voter).or_else(|| member::lags(lag(other.id)));
+    let others = asked.iter().filter_map(|other| Some((other.member.name.clone(), complaint(other)?)));
     let comes = intent.coming().filter(|_| !intent.stays_learner()).map(str::to_owned);
     // The state of a node that has not joined is not a voter's: it is looked at again before it votes.
     let counts = |name: &String| now.contains(name) || comes.as_ref() == Some(name);
@@ -261,11 +269,11 @@ async fn look(shared: &Shared, core: &Core, intent: Intent, committed: u64) -> R
         // Nothing is decided before it has joined.
         false => Vec::new(),
     };
-    let outlook = outlook(shared, &membership, &asked, &intent);
+    let outlook = outlook(shared, core, &membership, &asked, &intent);
     let kind = kind_of(&intent);
-    // An operator who has forced it, or ordered it when it was no loss, has decided about fault tolerance; a quorum is
-    // never given away.
-    let refusal = outlook.refusal(kind, true);
+    // A node may have failed since the order: what was no loss then may be one now, and only force allows that.
+    let refusal = outlook.refusal(kind, intent.forced);
+    let left_over = intent.coming().is_some_and(|name| !learners_of(&membership, name, fresh_id).is_empty());
     let leaving = intent.leaving();
     let view = View {
         kind,
@@ -274,6 +282,7 @@ async fn look(shared: &Shared, core: &Core, intent: Intent, committed: u64) -> R
         cancelled: intent.cancelled,
         joint: is_joint(&membership),
         joined,
+        left_over,
         near: joined && near,
         votes,
         old_is_member: leaving.is_some_and(|name| !ids_of(&membership, name).is_empty()),
@@ -304,7 +313,8 @@ async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace:
             return Ok(Round::Waits(PAUSE));
         }
         Step::AwaitQuorum => {
-            shared.members.show(job, step.word(), |live| live.waits_for = refusal);
+            let why = refusal.map(|why| format!("{why}. It goes on when that is well again, or can be cancelled"));
+            shared.members.show(job, step.word(), |live| live.waits_for = why);
             return Ok(Round::Waits(ASK_PAUSE));
         }
         Step::Leave => {
@@ -337,7 +347,10 @@ async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace:
         }
         // Left behind by a leader that lost its place between the two halves.
         Step::Complete => complete(core, &membership).await?,
-        Step::TakeOut => take_out_learners(core, &intent.name, None).await?,
+        Step::TakeOut => {
+            let undoes = intent.cancelled && !intent.changing;
+            take_out_learners(core, &intent.name, fresh_id.filter(|_| !undoes)).await?;
+        }
         Step::Finish => {
             let detail = summary(&intent, &outlook);
             tracing::warn!(kind = intent.change.word(), name = intent.name, "members changed: {detail}");

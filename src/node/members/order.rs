@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use stemedb_raft::types::StoredMembership;
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, sleep};
 
 use super::{
     MemberError, book,
@@ -13,23 +13,29 @@ use super::{
     lead::{leave, outlook, propose},
 };
 use crate::{
-    admin::member::{Kind, Outlook},
+    admin::member::{self, Kind, Outlook},
     clock,
     node::{
         core::{Core, Role, Shared},
-        flows::ask_all,
+        flows::{Asked, ask_all, lags},
+        level,
         process::Process,
         read,
         rebuild::desk::{JobReport, job_id},
     },
     state::{
         command::{MemberCommand, Refusal},
+        level::LEVEL_MEMBERS,
         members::{Change, Intent},
     },
 };
 
 /// How long this node may take to apply what is committed.
 const APPLIED_MAX: Duration = Duration::from_secs(10);
+
+/// How long the others may take to show a new leader how far their logs are, and how often it is looked at.
+const LAG_KNOWN_MAX: Duration = Duration::from_secs(2);
+const LAG_LOOK: Duration = Duration::from_millis(20);
 
 /// What is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,6 +176,12 @@ fn fit(said: &Candidate, name: &str, addr: &str, own_cluster: [u8; 16], votes: b
     Ok(())
 }
 
+/// Whether a voter that answers is held not to work only because of its log.
+fn some_lag(shared: &Shared, core: &Core, asked: &[Asked]) -> bool {
+    let lag = lags(shared, core);
+    asked.iter().any(|other| other.voter && other.status.is_ok() && member::lags(lag(other.id)).is_some())
+}
+
 /// Takes an order, or says what it would do.
 pub async fn order(
     process: &Arc<Process>,
@@ -189,15 +201,25 @@ pub async fn order(
     // A learner takes nothing from the voters and gives them nothing.
     let voters = is_about_voters(&membership, &intent);
     let shown = if voters { intent.clone() } else { without_voters(&intent) };
-    let outlook = outlook(&shared, &membership, &asked, &shown);
     let kind = match (intent.coming(), intent.leaving()) {
         (Some(_), None) => Kind::Add,
         (Some(_), Some(_)) => Kind::Replace,
         (None, _) => Kind::Remove,
     };
-    let refusal = if voters { outlook.refusal(kind, forced) } else { None };
+    let until = Instant::now() + LAG_KNOWN_MAX;
+    let (outlook, refusal) = loop {
+        let outlook = outlook(&shared, core, &membership, &asked, &shown);
+        let refusal = if voters { outlook.refusal(kind, forced) } else { None };
+        if refusal.is_none() || !some_lag(&shared, core, &asked) || Instant::now() >= until {
+            break (outlook, refusal);
+        }
+        sleep(LAG_LOOK).await;
+    };
     let refusal = refusal.or_else(|| is_joint(&membership).then(|| "a change of the members is half done".to_owned()));
     let leads = intent.leaving() == Some(shared.name());
+    if let Some(why) = level::lacks(&shared, core, LEVEL_MEMBERS).await {
+        return Err(MemberError::Level { level: level::here(core), why });
+    }
     if dry_run {
         return Ok(Ordered::Plan(Box::new(MemberPlan {
             kind: intent.change.word(),
@@ -220,6 +242,9 @@ pub async fn order(
         leave(&shared, core, asked).await.map_err(MemberError::Impossible)?;
         let leader = shared.view.borrow().leader.as_ref().filter(|leader| !leader.here).map(|l| l.name.clone());
         return Err(MemberError::NotLeader(leader));
+    }
+    if let Err(why) = level::require(&shared, core, LEVEL_MEMBERS).await {
+        return Err(MemberError::Level { level: level::here(core), why });
     }
     let job = intent.job;
     tracing::warn!(kind = intent.change.word(), name = intent.name, "an operator changes the members");

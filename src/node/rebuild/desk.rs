@@ -85,6 +85,9 @@ pub struct JobReport {
     pub cause: String,
     /// Whether the node decided by itself.
     pub automatic: bool,
+    /// Of a rebuild: the node is to become a member, and had nothing before.
+    #[serde(skip)]
+    pub comes: bool,
     /// Whether `DELETE` of it would undo it now.
     pub cancellable: bool,
     /// The node the files or leadership come from.

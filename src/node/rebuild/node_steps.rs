@@ -11,7 +11,7 @@ use super::{
     ask::{answers, ask_any, call, known_members, membership_of, pulling_identity},
     desk::{JobState, Order, job_id},
     journal::Journal,
-    messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply, StepRequest},
+    messages::{Ask, AskReply, Granted, KnownMember, LeaderStep, Refusal, StepReply, StepRequest},
     probe, pull,
     runner::{Done, Halt, PAUSE_MIN, Runner, again, blocking, is_open, need},
     spare,
@@ -21,6 +21,7 @@ use super::{
 use crate::{
     admin::rebuild::Phase,
     clock,
+    config::PeerEntry,
     node::{core::Shared, kinds::Kind, peers::Peers, start},
 };
 
@@ -116,15 +117,26 @@ impl Runner {
         Ok(())
     }
 
-    /// Addresses of the others, a known leader's first.
+    /// Addresses of the others.
     fn addresses(&self) -> Vec<String> {
-        let own = &self.process.config.node.name;
-        let journal = self.journal.as_ref();
-        let members = journal.map(|j| pull::sources(&j.members, own, None, None)).unwrap_or_default();
-        if members.is_empty() {
-            return self.process.peers.iter().filter(|p| p.name != *own).map(|p| p.addr.clone()).collect();
+        let known = self.journal.as_ref().map(|journal| &*journal.members).unwrap_or_default();
+        to_ask(known, &self.process.peers, &self.process.config.node.name)
+    }
+
+    /// To be called when none of the members that are known has answered: all of them may have been replaced. Whoever of
+    /// the configured peers does says who there is today.
+    async fn learn_members(&mut self, shared: &Shared) -> Done {
+        let mut journal = self.journal()?;
+        let question = Ask { dry_run: true, ..self.question(&journal) };
+        if let AskReply::Granted(granted) = self.ask_leader(shared, &question).await
+            && granted.members != journal.members
+        {
+            tracing::info!(members = granted.members.len(), "the members are others than those known here");
+            (journal.members, journal.leader) = (granted.members, granted.leader);
+            journal.cluster_id = granted.cluster_id;
+            self.save(journal).await?;
         }
-        members.into_iter().filter(|known| known.voter).map(|known| known.member.peer_addr).collect()
+        Ok(())
     }
 
     /// Asks one node after the other until one decides.
@@ -208,7 +220,7 @@ impl Runner {
 
     /// Lets a proxy without a state know who the others are.
     fn know_members(&self, shared: &Arc<Shared>, journal: &Journal) {
-        if shared.local.load().node_id == 0 {
+        if !shared.local.load().has_raft_id() {
             shared.local.store(Arc::new(pulling_identity(journal)));
         }
         let unknown = shared.view.borrow().membership.nodes().next().is_none();
@@ -270,6 +282,7 @@ impl Runner {
             }
         }
         peers.close();
+        self.learn_members(shared).await?;
         Err(again(why.join("; ")))
     }
 
@@ -357,7 +370,17 @@ impl Runner {
         Ok(())
     }
 
-    /// Has the leader take a step, whichever node leads by now.
+    /// Has the leader take a step, whichever node leads by now, and whoever the members are.
+    async fn step_of_leader(&mut self, shared: &Shared, step: LeaderStep) -> Result<StepReply, Halt> {
+        match self.leader_step(shared, step).await {
+            Ok(reply) => Ok(reply),
+            Err(why) => {
+                self.learn_members(shared).await?;
+                Err(again(why))
+            }
+        }
+    }
+
     async fn leader_step(&self, shared: &Shared, step: LeaderStep) -> Result<StepReply, String> {
         let journal = self.journal.as_ref().ok_or("there is no rebuild under way")?;
         let own = &self.process.config.node.name;
@@ -388,7 +411,7 @@ impl Runner {
     pub(super) async fn join(&mut self, shared: &Arc<Shared>) -> Done {
         self.show("joining");
         let member = self.own_member()?;
-        match self.leader_step(shared, LeaderStep::Join(member)).await.map_err(again)? {
+        match self.step_of_leader(shared, LeaderStep::Join(member)).await? {
             StepReply::Stale(why) => {
                 tracing::warn!("{why}");
                 self.stale = true;
@@ -416,7 +439,7 @@ impl Runner {
 
     pub(super) async fn promote(&mut self, shared: &Arc<Shared>) -> Done {
         self.show("catching up");
-        match self.leader_step(shared, LeaderStep::Promote).await.map_err(again)? {
+        match self.step_of_leader(shared, LeaderStep::Promote).await? {
             StepReply::Behind { entries } => {
                 self.desk.show(|job| job.entries_behind = Some(entries));
                 tokio::time::sleep(PAUSE_MIN).await;
@@ -445,6 +468,37 @@ impl Runner {
     }
 }
 
+/// Whom to ask: the voters that are known, then the configured peers, which may be newer. Pure.
+fn to_ask(known: &[KnownMember], peers: &[PeerEntry], own: &str) -> Vec<String> {
+    let voters = pull::sources(known, own, None, None).into_iter().filter(|known| known.voter);
+    let listed = peers.iter().filter(|peer| peer.name != own).map(|peer| peer.addr.clone());
+    let mut addresses: Vec<String> = Vec::new();
+    for addr in voters.map(|known| known.member.peer_addr).chain(listed) {
+        if !addresses.contains(&addr) {
+            addresses.push(addr);
+        }
+    }
+    addresses
+}
+
 pub(super) fn manifest_path(data_dir: &std::path::Path) -> PathBuf {
     data_dir.join("rebuild").join("manifest")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configured_peers_are_asked_too_because_all_known_members_may_have_been_replaced() {
+        let known = |id, name: &str, voter| KnownMember {
+            id,
+            member: Member { name: name.into(), peer_addr: format!("{name}:1"), http_addr: String::new() },
+            voter,
+        };
+        let peer = |name: &str| PeerEntry { name: name.into(), addr: format!("{name}:1"), http: String::new() };
+        let members = [known(1, "a", true), known(2, "b", false), known(3, "own", true)];
+        assert_eq!(to_ask(&members, &[peer("own"), peer("c"), peer("a")], "own"), ["a:1", "c:1"]);
+        assert_eq!(to_ask(&[], &[peer("own"), peer("c")], "own"), ["c:1"]);
+    }
 }

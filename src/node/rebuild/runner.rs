@@ -9,7 +9,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    Need,
+    Need, PLACE_WHY,
     desk::{Desk, JobState, Order, job_id},
     fail_point::{self, Stopped},
     journal::Journal,
@@ -340,6 +340,7 @@ impl Runner {
             job.step = step;
             job.detail.clone_from(&journal.why);
             job.automatic = journal.automatic;
+            job.comes = journal.why == PLACE_WHY;
             job.fresh_id = (journal.fresh_id != 0).then_some(journal.fresh_id);
             job.began_unix_ms = journal.began_unix_ms;
         });

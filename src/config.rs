@@ -16,6 +16,8 @@ mod value;
 
 use std::path::PathBuf;
 
+use crate::state::level::FEATURE_LEVEL;
+
 pub use error::{ConfigError, Origin, Problem};
 pub use load::Override;
 
@@ -80,6 +82,8 @@ pub struct ClusterSection {
     /// How many listed nodes must answer "empty" before a cluster is formed. After loading this is
     /// never 0: it is the number of peers, or 1 without peers.
     pub bootstrap_expect: u32,
+    /// The feature level to which the cluster may be raised for this node's sake.
+    pub feature_level_max: u32,
     /// `host:port` for the other nodes; `None`: the HTTP host with the HTTP port + 100.
     pub peer_listen: Option<String>,
     /// Milliseconds between a leader's heartbeats.
@@ -294,6 +298,7 @@ impl Default for ClusterSection {
             peers: Vec::new(),
             role: MemberRole::Voter,
             bootstrap_expect: 1,
+            feature_level_max: FEATURE_LEVEL,
             peer_listen: None,
             heartbeat_ms: 50,
             election_min_ms: 150,

@@ -28,6 +28,8 @@ fn drill(args: &[&str]) -> Option<(Value, String)> {
         .args(args)
         .arg("--faulty-disk")
         .arg(program)
+        // Far above a hand-over, and shorter to wait for than the default.
+        .env("STEMEDB_CLUSTER_STALL_FENCE_MS", "4000")
         .stdin(Stdio::null())
         .output()
         .unwrap();

@@ -37,6 +37,10 @@ struct Counting {
 }
 
 impl EntryApplier for Counting {
+    fn feature_level(&self) -> u32 {
+        0
+    }
+
     fn apply(
         &mut self,
         read: &dyn StateRead,

@@ -6,6 +6,8 @@
 
 mod rig;
 
+#[path = "matrix/harm.rs"]
+mod harm;
 #[path = "matrix/load.rs"]
 mod load;
 #[path = "matrix/panic_disk.rs"]

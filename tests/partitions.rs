@@ -107,22 +107,43 @@ impl Cluster {
         let body = json!({"concept_path": "partition/probe", "predicate": "p", "value": node}).to_string();
         let write = Call::post("/v1/assert", body);
         let read = Call::get("/v1/query?concept_path=partition/probe");
-        for (what, call) in [("a write", &write), ("a linearizable read", &read)] {
-            let problem = self
-                .until(&format!("{what} refused by node-{}", node + 1), async |c| {
-                    let (status, problem) = c.ask(node, call).await?;
-                    (status == 503).then_some(problem)
-                })
-                .await;
-            let kind = problem["type"].as_str().unwrap_or_default();
-            let detail = problem["detail"].as_str().unwrap_or_default();
-            assert!(!kind.is_empty() && !detail.is_empty(), "{what} refused without a word: {problem}");
-            println!("node-{} cut off, {what}: {kind}: {detail}", node + 1);
-        }
+        // One after the other: alone for longer than a request's deadline, see `lead_again`.
+        self.until_refused(node, "a write", &write).await;
+        self.until_refused(node, "a linearizable read", &read).await;
     }
 
-    /// Cuts, waits until the others serve and, if given, the node that is alone refuses; heals, waits until all agree.
-    async fn scenario(&mut self, what: &str, cut: impl Fn(&Hosts, usize, [usize; 2]), alone: Alone) {
+    async fn until_refused(&self, node: usize, what: &str, call: &Call) {
+        let waited_for = format!("{what} refused by node-{}", node + 1);
+        let refused = self.until(&waited_for, async |c| {
+            let (status, problem) = c.ask(node, call).await?;
+            (status == 503).then_some(problem)
+        });
+        let problem = refused.await;
+        let kind = problem["type"].as_str().unwrap_or_default();
+        let detail = problem["detail"].as_str().unwrap_or_default();
+        assert!(!kind.is_empty() && !detail.is_empty(), "{what} refused without a word: {problem}");
+        println!("node-{} cut off, {what}: {kind}: {detail}", node + 1);
+    }
+
+    /// Leadership goes back to a node that led alone, with writes in hand. What it stamped then, and nobody committed,
+    /// must not make them too old for it.
+    async fn lead_again(&self, node: usize) {
+        let order = Call::post("/v1/admin/failover", json!({"target": format!("node-{}", node + 1)}).to_string());
+        self.until(&format!("node-{} leads again", node + 1), async |c| {
+            if c.health(node).await?["role"] == "leader" {
+                return Some(());
+            }
+            // Refused while it lacks more than a little.
+            c.ask(c.until_whole().await.0, &order).await?;
+            None
+        })
+        .await;
+        self.until_more_acknowledged().await;
+    }
+
+    /// Cuts, waits until the others serve and the node that is alone refuses; heals, waits until all agree. The answer is
+    /// who was alone.
+    async fn scenario(&mut self, what: &str, cut: impl Fn(&Hosts, usize, [usize; 2]), alone: Alone) -> usize {
         let (leader, term) = self.until_whole().await;
         let others: Vec<usize> = (0..HOSTS).filter(|node| *node != leader).collect();
         let alone = match alone {
@@ -174,6 +195,7 @@ impl Cluster {
         let acknowledged = self.load.recorder.history().acknowledged_us();
         let gap = longest_gap_touching(&acknowledged, from_us, to_us);
         println!("{what}: longest time without an acknowledged write {:.0} ms", gap.length_us() as f64 / 1e3);
+        alone
     }
 
     async fn finish(mut self) {
@@ -188,11 +210,7 @@ impl Cluster {
         }
         let history = self.load.recorder.history();
         let (errors, samples) = survivor_errors(&history, &self.downs);
-        // Nothing that was acknowledged is at stake, which the judge decides. A node that loses its leadership with writes
-        // in hand may have to say that it does not know their outcome; few may hear that, and nobody anything else.
-        println!("{errors} answers of the majority were no success: {samples:#?}");
-        let few = self.load.recorder.acknowledged() / 100;
-        assert!(errors <= few, "{errors} errors of the majority, more than one in a hundred: {samples:#?}");
+        assert_eq!(errors, 0, "answers of the majority were no success: {samples:#?}");
         let verdict = judge::check(&history, &listings);
         assert!(verdict.is_clean(), "{verdict:#?}");
         println!("{} writes acknowledged, none lost, doubled or seen late", self.load.recorder.acknowledged());
@@ -216,7 +234,8 @@ async fn a_network_that_comes_apart_and_heals() {
                 hosts.cut_both(leader, other);
             }
         };
-        cluster.scenario("leader alone", isolated, Alone::Leader).await;
+        let alone = cluster.scenario("leader alone", isolated, Alone::Leader).await;
+        cluster.lead_again(alone).await;
         let deaf = |hosts: &Hosts, leader, others: [usize; 2]| others.into_iter().for_each(|o| hosts.cut(o, leader));
         cluster.scenario("leader hears nobody", deaf, Alone::Leader).await;
         let dumb = |hosts: &Hosts, leader, others: [usize; 2]| others.into_iter().for_each(|o| hosts.cut(leader, o));

@@ -12,7 +12,7 @@ use stemedb::cli::local_cluster::{LocalCluster, NodePlan, free_port, plan};
 use stemedb::cli::status;
 
 const READY: Duration = Duration::from_secs(120);
-const SLICE_PACKAGES: usize = 2000;
+const SLICE_PACKAGES: usize = 1000;
 
 /// The index as NDJSON. A machine without one (no `apt-get update` yet) gets packages of the same shape.
 fn sample(dir: &Path, full: bool) -> PathBuf {

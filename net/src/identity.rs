@@ -31,6 +31,17 @@ pub fn is_old_copy(boot: u64, highest: u64) -> bool {
     boot < highest || (boot != highest && count(boot) == count(highest) && count(boot) > 0)
 }
 
+/// Set in the ids of guests. Raft ids are given out upwards from 1 and never come near it.
+const GUEST: u64 = 1 << 63;
+/// What guests speak with: no promise of theirs is ever remembered.
+const GUEST_BOOT: u64 = 1;
+
+/// Whether an id is that of a guest: a node that has lost its files, knows the cluster and waits for its place there. It
+/// passes on what its clients send, and its word counts for nothing else.
+pub fn is_guest(node_id: u64) -> bool {
+    node_id & GUEST != 0
+}
+
 /// The identity of this node at one moment. All zero: it has none yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LocalIdentity {
@@ -43,6 +54,16 @@ pub struct LocalIdentity {
 }
 
 impl LocalIdentity {
+    /// That of a guest; `drawn` tells guests apart.
+    pub fn guest(cluster_id: ClusterId, drawn: u64) -> LocalIdentity {
+        LocalIdentity { cluster_id, node_id: GUEST | drawn, boot: GUEST_BOOT }
+    }
+
+    /// Whether the node has a Raft id, as a member or on its way to be one.
+    pub fn has_raft_id(&self) -> bool {
+        self.node_id != 0 && !is_guest(self.node_id)
+    }
+
     /// Whether the node belongs to a cluster.
     pub fn is_joined(&self) -> bool {
         self.cluster_id != [0; 16] && self.node_id != 0

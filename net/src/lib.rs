@@ -38,7 +38,7 @@ mod testing;
 pub mod wire;
 
 pub use error::{CallError, Refusal, code};
-pub use identity::{ClusterId, LocalIdentity, LocalProvider, PROBE_KINDS, PeerHello, boot_of, is_old_copy};
+pub use identity::{ClusterId, LocalIdentity, LocalProvider, PROBE_KINDS, PeerHello, boot_of, is_guest, is_old_copy};
 pub use limits::{Lane, Limits};
 pub use listener::Listener;
 pub use peer::{Peer, PendingReply, ReplyCheck};

@@ -5,6 +5,7 @@
 
 use std::{io, path::Path, sync::Arc};
 
+pub mod folder_lock;
 mod real;
 pub mod sim;
 

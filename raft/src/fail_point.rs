@@ -2,7 +2,9 @@
 //!
 //! Only builds with debug assertions have them: in a release build [`pass`] is empty. A server takes the name of a
 //! point from `STEMEDB_TEST_FAIL_POINT`, or, so that it can be armed and disarmed while it runs, from the file that
-//! `STEMEDB_TEST_FAIL_FILE` names. `<point>` aborts the process; `<point> panics` ends the task that comes by.
+//! `STEMEDB_TEST_FAIL_FILE` names. `<point>` aborts the process; `<point> panics` ends the task that comes by; and
+//! `<point> waits`, in the file only, says so in the log and holds the thread until the file says it no more, so that a
+//! test can let the disk fail just there.
 
 /// Every point of this crate, in the order of a start.
 pub const POINTS: &[&str] = &[
@@ -37,7 +39,7 @@ pub(crate) fn own(point: &'static str) {
 
 #[cfg(debug_assertions)]
 mod armed {
-    use std::{env, fs, path::PathBuf, sync::LazyLock};
+    use std::{env, fs, path::PathBuf, sync::LazyLock, thread, time::Duration};
 
     static POINT: LazyLock<Option<String>> = LazyLock::new(|| env::var("STEMEDB_TEST_FAIL_POINT").ok());
     static FILE: LazyLock<Option<PathBuf>> = LazyLock::new(|| env::var_os("STEMEDB_TEST_FAIL_FILE").map(PathBuf::from));
@@ -50,6 +52,13 @@ mod armed {
                 std::process::abort();
             }
             assert!(wanted.strip_suffix(" panics") != Some(point), "a planted panic at {point}");
+        }
+        let waits = |armed: &String| armed.trim().strip_suffix(" waits") == Some(point);
+        if armed.as_ref().is_some_and(waits) {
+            tracing::error!(point, "a test waits here");
+            while FILE.as_ref().and_then(|path| fs::read_to_string(path).ok()).as_ref().is_some_and(waits) {
+                thread::sleep(Duration::from_millis(5));
+            }
         }
     }
 }

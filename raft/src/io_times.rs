@@ -3,12 +3,13 @@
 //! A watchdog on a thread of its own must see that a sync hangs while the thread that called it can say nothing.
 //! So whoever changes a file registers the operation before and takes it back after ([`guard`]); the lock that
 //! guards the list is never held across I/O. One [`IoTimes`] serves a whole process: the log registers here by
-//! itself, the tree, checkpoints and identity files do so with [`guard`].
+//! itself, the tree, checkpoints and identity files do so with [`guard`]. Reads of the tree are too many for a list: each
+//! reader has a [`Series`] and counts in it, and whoever looks twice and finds the same count knows that it hangs.
 
 use std::{
     collections::VecDeque,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -22,6 +23,18 @@ pub const FSYNC_WINDOW_MS: u64 = 10_000;
 /// The newest syncs that are kept: enough for a 99th percentile, and a window of seconds when the disk is slow.
 const FSYNCS_KEPT: usize = 1024;
 
+/// Who waits for an operation, the most impatient first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Waits {
+    /// Somebody does.
+    Somebody,
+    /// Somebody does for the next row of a scan: it may lie behind very many that were deleted, which takes time and no
+    /// disk.
+    AScan,
+    /// Nobody yet: preparing a spare segment, flushing the tree. It may take long on a healthy disk.
+    Nobody,
+}
+
 /// An operation that has begun and not ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IoInFlight {
@@ -31,8 +44,8 @@ pub struct IoInFlight {
     pub file: String,
     /// When it began, on the scale of [`monotonic_ms`].
     pub since_ms: u64,
-    /// Nobody waits for it yet: preparing a spare segment, flushing the tree. It may take long on a healthy disk.
-    pub background: bool,
+    /// Who waits for it.
+    pub waits: Waits,
 }
 
 impl IoInFlight {
@@ -47,6 +60,62 @@ impl IoInFlight {
 pub struct IoTimes {
     running: Mutex<Vec<(u64, IoInFlight)>>,
     next: AtomicU64,
+    series: Mutex<Vec<SeriesSeen>>,
+}
+
+/// A series as it was last looked at.
+#[derive(Debug)]
+struct SeriesSeen {
+    count: Arc<AtomicU64>,
+    operation: &'static str,
+    file: &'static str,
+    /// The count that was seen while something was under way, and since when.
+    seen: Option<(u64, u64)>,
+}
+
+/// Short operations of one reader, one after the other. Each costs two stores and no clock.
+#[derive(Debug)]
+pub struct Series {
+    times: Arc<IoTimes>,
+    /// Another number with each operation; the lowest bits say whether one is under way, and whether it is a scan's.
+    count: Arc<AtomicU64>,
+}
+
+const UNDER_WAY: u64 = 1;
+const OF_A_SCAN: u64 = 2;
+
+/// The operation of a series ends when it is dropped.
+#[must_use = "the operation counts as ended when this is dropped"]
+pub struct SeriesGuard<'a>(&'a AtomicU64);
+
+impl Series {
+    /// An operation begins that somebody waits for. Two at the same time count as one of them.
+    pub fn begin(&self) -> SeriesGuard<'_> {
+        self.begin_as(UNDER_WAY)
+    }
+
+    /// The next row of a scan.
+    pub fn begin_row(&self) -> SeriesGuard<'_> {
+        self.begin_as(UNDER_WAY | OF_A_SCAN)
+    }
+
+    fn begin_as(&self, what: u64) -> SeriesGuard<'_> {
+        let next = (self.count.load(Ordering::Relaxed) | UNDER_WAY | OF_A_SCAN).wrapping_add(1);
+        self.count.store(next | what, Ordering::Relaxed);
+        SeriesGuard(&self.count)
+    }
+}
+
+impl Drop for SeriesGuard<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_and(!UNDER_WAY, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Series {
+    fn drop(&mut self) {
+        self.times.all_series().retain(|seen| !Arc::ptr_eq(&seen.count, &self.count));
+    }
 }
 
 /// Takes the operation back when it is dropped.
@@ -58,14 +127,14 @@ pub struct IoGuard<'a> {
 
 /// Registers an operation that somebody waits for, until the answer is dropped.
 pub fn guard<'a>(times: &'a IoTimes, operation: &'static str, file: &str) -> IoGuard<'a> {
-    times.enter(operation, file, false)
+    times.enter(operation, file, Waits::Somebody)
 }
 
 impl IoTimes {
-    /// Registers an operation; see [`IoInFlight::background`].
-    pub fn enter(&self, operation: &'static str, file: &str, background: bool) -> IoGuard<'_> {
+    /// Registers an operation.
+    pub fn enter(&self, operation: &'static str, file: &str, waits: Waits) -> IoGuard<'_> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let io = IoInFlight { operation, file: file.to_owned(), since_ms: monotonic_ms(), background };
+        let io = IoInFlight { operation, file: file.to_owned(), since_ms: monotonic_ms(), waits };
         self.running().push((id, io));
         IoGuard { times: self, id }
     }
@@ -75,15 +144,50 @@ impl IoTimes {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The operation that has been going on for the longest time, those that somebody waits for first.
-    pub fn oldest(&self) -> Option<IoInFlight> {
-        let running = self.running();
-        running.iter().map(|(_, io)| io).min_by_key(|io| (io.background, io.since_ms)).cloned()
+    /// A series of operations like `read` of `kv/tables`.
+    pub fn series(self: &Arc<Self>, operation: &'static str, file: &'static str) -> Series {
+        let count = Arc::<AtomicU64>::default();
+        self.all_series().push(SeriesSeen { count: Arc::clone(&count), operation, file, seen: None });
+        Series { times: Arc::clone(self), count }
     }
 
-    /// Everything that is under way, in no order.
+    fn all_series(&self) -> MutexGuard<'_, Vec<SeriesSeen>> {
+        // As with `running`.
+        self.series.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The operation that has been going on for the longest time, those that somebody waits for first.
+    pub fn oldest(&self) -> Option<IoInFlight> {
+        self.all().into_iter().min_by_key(|io| (io.waits, io.since_ms))
+    }
+
+    /// Everything that is under way, in no order. Of a series: since it was first seen so.
     pub fn all(&self) -> Vec<IoInFlight> {
-        self.running().iter().map(|(_, io)| io.clone()).collect()
+        let mut all: Vec<IoInFlight> = self.running().iter().map(|(_, io)| io.clone()).collect();
+        let mut series = self.all_series();
+        if !series.is_empty() {
+            let now_ms = monotonic_ms();
+            all.extend(series.iter_mut().filter_map(|series| series.look(now_ms)));
+        }
+        all
+    }
+}
+
+impl SeriesSeen {
+    /// What is under way at `now_ms`.
+    fn look(&mut self, now_ms: u64) -> Option<IoInFlight> {
+        let count = self.count.load(Ordering::Relaxed);
+        if count & UNDER_WAY == 0 {
+            self.seen = None;
+            return None;
+        }
+        let since_ms = match self.seen {
+            Some((seen, since_ms)) if seen == count => since_ms,
+            _ => now_ms,
+        };
+        self.seen = Some((count, since_ms));
+        let waits = if count & OF_A_SCAN == 0 { Waits::Somebody } else { Waits::AScan };
+        Some(IoInFlight { operation: self.operation, file: self.file.to_owned(), since_ms, waits })
     }
 }
 
@@ -144,7 +248,7 @@ mod tests {
     fn the_oldest_operation_is_seen_while_it_runs_and_not_after() {
         let times = IoTimes::default();
         assert_eq!(times.oldest(), None);
-        let spare = times.enter("sync", "segment.spare", true);
+        let spare = times.enter("sync", "segment.spare", Waits::Nobody);
         assert_eq!(times.oldest().map(|io| io.file), Some("segment.spare".into()));
         let sync = guard(&times, "sync", "segment.001.wal");
         let oldest = times.oldest().expect("two are running");
@@ -154,6 +258,30 @@ mod tests {
         drop(sync);
         drop(spare);
         assert_eq!(times.oldest(), None);
+    }
+
+    #[test]
+    fn a_series_hangs_when_two_looks_find_the_same_operation() {
+        let times = Arc::new(IoTimes::default());
+        let reads = times.series("read", "kv/tables");
+        assert_eq!(times.all(), []);
+        let look = |now_ms| {
+            let found = times.all_series().iter_mut().find_map(|series| series.look(now_ms));
+            found.map(|io| (io.since_ms, io.waits))
+        };
+        let first = reads.begin();
+        assert_eq!((look(100), look(110)), (Some((100, Waits::Somebody)), Some((100, Waits::Somebody))));
+        drop(first);
+        let second = reads.begin_row();
+        assert_eq!(look(120), Some((120, Waits::AScan)), "another operation is none that hangs");
+        drop(second);
+        assert_eq!(look(130), None);
+        let third = reads.begin();
+        assert_eq!(look(140), Some((140, Waits::Somebody)), "nothing of the one before is left");
+        assert_eq!(times.oldest().map(|io| (io.operation, io.file)), Some(("read", "kv/tables".into())));
+        drop(third);
+        drop(reads);
+        assert_eq!(times.all_series().len(), 0);
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub mod writer;
 
 pub use error::{Damage, EntryUnreadable, Latched, OpenError, RepairError};
 pub use handle::LogRoom;
-pub use io_times::{FsyncFigures, IoInFlight, IoTimes};
+pub use io_times::{FsyncFigures, IoInFlight, IoTimes, Waits};
 pub use open::RecoveryReport;
 pub use options::{Pace, WalOptions};
 pub use pending::PendingLog;

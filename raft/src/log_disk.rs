@@ -11,6 +11,7 @@ use crate::{
     clock::{monotonic_ms, now},
     disk::{Disk, DiskFile, FolderLock, FoundFile, Space, is_full},
     error::Latched,
+    io_times::Waits,
     shared::{Shared, WalObserver},
 };
 
@@ -21,6 +22,15 @@ pub enum Role {
     Writer,
     /// The preparer of segments: what it makes is no part of the log yet.
     Preparer,
+}
+
+impl Role {
+    fn waits(self) -> Waits {
+        match self {
+            Role::Writer => Waits::Somebody,
+            Role::Preparer => Waits::Nobody,
+        }
+    }
 }
 
 /// A disk that latches the log. Clones are the same.
@@ -89,7 +99,7 @@ impl LogDisk {
         self.check()?;
         let started = now();
         let result = {
-            let _seen = self.shared.io_times.enter(operation, file, self.role == Role::Preparer);
+            let _seen = self.shared.io_times.enter(operation, file, self.role.waits());
             act()
         };
         match result {

@@ -23,7 +23,7 @@ use crate::{
     frame::{FRAME_HEADER_BYTES, FrameHeader, frame_bytes, payload_crc},
     heal,
     index::{Located, Lookup, OnDisk},
-    io_times::IoTimes,
+    io_times::{IoTimes, Waits},
     shared::Shared,
     store::Inner,
     types::{Entry, LogId, TypeConfig, Vote},
@@ -173,7 +173,7 @@ fn read_run(run: &[OnDisk], io_times: &IoTimes, entries: &mut Vec<Read>) -> io::
     let len = usize::try_from(end_of(last) - start).map_err(io::Error::other)?;
     let mut buf = BytesMut::zeroed(len);
     let read = {
-        let _seen = io_times.enter("read", &first.segment, false);
+        let _seen = io_times.enter("read", &first.segment, Waits::Somebody);
         first.file.read_at(&mut buf, start)
     };
     match read {

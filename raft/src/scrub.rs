@@ -12,6 +12,7 @@ use crate::{
     error::Damage,
     frame::{HEADER_BYTES, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, Row, SegmentHeader, frame_bytes},
     index::{LogIndex, OnDisk, segment_name},
+    io_times::Waits,
     open::row_of,
     reader::verify,
     shared::Shared,
@@ -124,7 +125,7 @@ fn read(
 ) -> Result<Bytes, String> {
     let mut buf = BytesMut::zeroed(usize::try_from(bytes).map_err(|e| e.to_string())?);
     // Nobody waits for a scrubber.
-    let _seen = shared.io_times.enter("read", &segment_name(number), true);
+    let _seen = shared.io_times.enter("read", &segment_name(number), Waits::Nobody);
     let read = file.read_uncached_at(&mut buf, at).map_err(|error| format!("it cannot be read: {error}"))?;
     check.bytes_read += read as u64;
     buf.truncate(read);

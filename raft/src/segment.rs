@@ -73,7 +73,7 @@ type Rest<'a> = &'a dyn Fn(Duration) -> ControlFlow<()>;
 const NO_REST: Rest<'static> = &|_took| ControlFlow::Continue(());
 
 fn fill(file: &dyn DiskFile, bytes: u64, rest: Rest<'_>) -> io::Result<ControlFlow<()>> {
-    let zeros = vec![0; ZERO_BYTES];
+    let zeros = vec![0; usize::try_from(bytes).unwrap_or(ZERO_BYTES).min(ZERO_BYTES)];
     let mut at = 0;
     while at < bytes {
         let began = now();

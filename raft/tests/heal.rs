@@ -259,6 +259,19 @@ async fn a_damaged_entry_is_healed_from_memory_or_from_a_replica_and_only_when_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_rots_under_the_page_cache_is_found_and_written_again_from_it() {
+    let (sim, store) = written().await;
+    let (index, at, _) = places(&sim, 1)[1];
+    sim.corrupt_durable(&path(1), |b| b[at as usize + 500] ^= 2).unwrap();
+    let handle = store.handle();
+    assert_eq!(handle.verify_segment(1).unwrap().damage.len(), 1, "what the device has is not looked at");
+    // Nobody else is there to ask.
+    handle.heal_entry(index).await.unwrap();
+    assert_eq!(handle.verify_segment(1).unwrap().damage, []);
+    close_and_reopen(&sim, store).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn damage_of_entries_is_told_from_damage_of_the_header() {
     let (sim, store) = written().await;
     let places = places(&sim, 1);

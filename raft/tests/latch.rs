@@ -12,10 +12,10 @@ use std::{
     time::Duration,
 };
 
-use common::{ListMachine, append, contents, entry, open_sim, options};
+use common::{ListMachine, append, contents, entry, lockstep, open_sim, options};
 use openraft::{Config, Raft, storage::RaftLogStorage, type_config::async_runtime::WatchReceiver};
 use stemedb_raft::{
-    Vote, WalObserver, WalOptions, WalStore,
+    OpenError, Vote, WalObserver, WalOptions, WalStore,
     disk::sim::{FileSystem, SimDisk, SyncFault},
     frame::log_id,
 };
@@ -78,6 +78,33 @@ async fn what_was_acknowledged_before_is_there_after_eviction_and_restart() {
             reopened.handle().close().unwrap();
             copy.evict();
             assert_eq!(contents(&open_sim(&copy).unwrap()).unwrap(), found, "{fault:?}, evicted: {evicted}");
+        }
+    }
+}
+
+/// One sync lied, and an entry was acknowledged that only the page cache has. It is missed before the cache is evicted
+/// as after it, also where a file of a later number, which is no segment, lies behind its segment.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_sync_that_lied_has_left_in_the_page_cache_is_not_believed() {
+    let sim = SimDisk::new();
+    let (mut store, _) = WalStore::open(sim.shared(), lockstep(Path::new("/wal"), 3)).unwrap();
+    append(&mut store, vec![entry(1, 0, "durable")]).await.unwrap();
+    sim.fail_next_sync("segment.001", SyncFault::ReportedLate);
+    append(&mut store, vec![entry(1, 1, "acknowledged")]).await.unwrap();
+    // The mark that promises it is on the disk when its own sync hears of the error.
+    assert!(store.handle().close().is_err());
+    sim.kill();
+    for (junk, evicted) in [(false, false), (false, true), (true, false), (true, true)] {
+        let copy = sim.fork();
+        if junk {
+            copy.shared().create(Path::new("/wal/segment.900.wal")).unwrap().write_at(b"junk", 0).unwrap();
+        }
+        if evicted {
+            copy.evict();
+        }
+        match open_sim(&copy).map(|store| contents(&store).unwrap()) {
+            Err(OpenError::Repair(damage)) => assert_eq!(damage[0].index, 1, "{damage:?}"),
+            other => panic!("junk: {junk}, evicted: {evicted}: {other:?}"),
         }
     }
 }

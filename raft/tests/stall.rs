@@ -8,7 +8,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use common::{append, entry, open_sim, options};
 use openraft::storage::RaftLogStorage;
 use stemedb_raft::{
-    IoInFlight, IoTimes, Vote, WalHandle, WalOptions, WalStore,
+    IoInFlight, IoTimes, Vote, Waits, WalHandle, WalOptions, WalStore,
     clock::monotonic_ms,
     disk::sim::{Kind, SimDisk},
     io_times::guard,
@@ -27,7 +27,7 @@ async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 
 /// What somebody waits for.
 fn seen(handle: &WalHandle) -> Option<IoInFlight> {
-    handle.io_in_flight().filter(|io| !io.background)
+    handle.io_in_flight().filter(|io| io.waits == Waits::Somebody)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,7 +102,7 @@ async fn preparing_a_segment_is_seen_as_something_nobody_waits_for() {
     append(&mut store, (0..3).map(|i| entry(1, i, &"x".repeat(15_000))).collect()).await.unwrap();
     until("the hang", || (sim.hung() == 1).then_some(())).await;
     let io = store.handle().io_in_flight().unwrap();
-    assert_eq!((io.operation, io.file.as_str(), io.background), ("reserve", "segment.spare", true));
+    assert_eq!((io.operation, io.file.as_str(), io.waits), ("reserve", "segment.spare", Waits::Nobody));
     // The log goes on, and another part of the process is seen before it.
     append(&mut store, vec![entry(1, 3, "x")]).await.unwrap();
     {

@@ -13,8 +13,6 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::node::Health;
-
 use super::{
     Api, headers, mapping,
     params::Params,
@@ -26,6 +24,16 @@ fn ok() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
+/// The answer to a probe of a node that is well. Envoy sends nothing to a degraded host while others are left: writes go
+/// straight to the leader. Without a leader all are degraded, which is as if none were.
+fn probed(api: &Api, answer: impl IntoResponse) -> Response {
+    let mut answer = answer.into_response();
+    if !api.node.leads() {
+        answer.headers_mut().insert(headers::ENVOY_DEGRADED, HeaderValue::from_static("true"));
+    }
+    answer
+}
+
 fn unwell(kind: Kind, detail: impl Into<String>) -> Problem {
     Problem::new(kind, detail).retry_after(mapping::RETRY_AFTER_S)
 }
@@ -33,15 +41,15 @@ fn unwell(kind: Kind, detail: impl Into<String>) -> Problem {
 /// The state of this node. 200 for as long as the process serves, whatever the state.
 #[utoipa::path(method(get, head), path = "/v1/health", tag = "health",
     responses((status = 200, description = "The process serves", body = schema::HealthAnswer)))]
-pub async fn health(State(api): State<Arc<Api>>) -> Json<Health> {
-    Json(api.node.health())
+pub async fn health(State(api): State<Arc<Api>>) -> Response {
+    probed(&api, Json(api.node.health()))
 }
 
 /// 200 for as long as the process serves.
 #[utoipa::path(method(get, head), path = "/v1/health/live", tag = "health",
     responses((status = 200, description = "The process serves")))]
-pub async fn live() -> Json<Value> {
-    ok()
+pub async fn live(State(api): State<Arc<Api>>) -> Response {
+    probed(&api, ok())
 }
 
 /// 200 while requests may be sent here: caught up since the start, and not draining, failed or
@@ -51,13 +59,7 @@ pub async fn live() -> Json<Value> {
         (status = 503, response = schema::ProblemResponse)))]
 pub async fn ready(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
     api.node.is_ready().map_err(|reason| unwell(Kind::NotReady, format!("Not ready: {reason}.")))?;
-    let mut answer = ok().into_response();
-    // Envoy sends nothing to a degraded host while others are left: writes go straight to the leader. Without a
-    // leader all are degraded, which is as if none were.
-    if !api.node.leads() {
-        answer.headers_mut().insert(headers::ENVOY_DEGRADED, HeaderValue::from_static("true"));
-    }
-    Ok(answer)
+    Ok(probed(&api, ok()))
 }
 
 /// 200 only on a leader that has lately heard from a majority.
@@ -73,7 +75,8 @@ pub async fn leader(State(api): State<Arc<Api>>) -> Result<Json<Value>, Problem>
     }
 }
 
-/// 200 while this node is ready and at most `max_lag` log entries behind the leader.
+/// 200 while this node is ready and at most `max_lag` log entries behind the leader. Never with `x-envoy-degraded`: who
+/// asks for this wants to read from followers.
 #[utoipa::path(method(get, head), path = "/v1/health/replica", tag = "health",
     params(("max_lag" = Option<u64>, Query, description = "Most entries behind; absent: any known lag")),
     responses((status = 200, description = "Ready and close enough"),

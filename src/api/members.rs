@@ -284,6 +284,13 @@ fn problem(error: MemberError) -> Problem {
                 .with("failures_now", outlook.failures_now)
                 .with("failures_after", outlook.failures_after)
         }
+        MemberError::Level { .. } => {
+            let detail = format!(
+                "{error}. Upgrade what is older and take cluster.feature_level_max out where it holds the level; it rises by \
+                 itself then. Nothing was changed."
+            );
+            Problem::new(Kind::FeatureLevel, detail)
+        }
         MemberError::Impossible(why) => Problem::new(Kind::FlowRefused, format!("It is not possible now: {why}.")),
         MemberError::NotLeader(leader) => not_leader(leader),
     }

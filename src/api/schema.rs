@@ -211,6 +211,11 @@ pub struct ClusterAnswer {
     pub leader: Option<String>,
     /// Raft term.
     pub term: u64,
+    /// The feature level that the cluster has reached, as far as this node has applied.
+    pub feature_level: Option<u32>,
+    /// Who keeps the cluster below the level that this node's program knows; left out when nobody does.
+    #[schema(required = false)]
+    pub feature_level_held_by: Vec<String>,
     /// `{"name","id","role","lag_entries","lag_bytes","disk","drain","fsync_p99_ms","version"}` of each member.
     #[schema(value_type = Vec<Object>)]
     pub members: Vec<serde_json::Value>,

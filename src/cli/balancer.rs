@@ -255,6 +255,7 @@ impl Balancer {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::expect_used)]
     use super::*;
 
     #[test]
@@ -262,6 +263,26 @@ mod tests {
         let text = "listen 8080; # 18080 180\nserver a:18180; server b:18181; c:18182;";
         let replaced = with_ports(text, 18181, [8080, 18182, 7]);
         assert_eq!(replaced, "listen 18181; # 18080 180\nserver a:8080; server b:18182; c:7;");
+    }
+
+    /// The whole seconds that stand behind `name` in a file, each in milliseconds.
+    fn seconds(config: &str, name: &str) -> Vec<u64> {
+        let values = config.lines().filter_map(|line| line.trim().strip_prefix(name));
+        let numbers = values.map(|value| value.trim_matches([' ', ':', ';']).strip_suffix('s').unwrap_or(value));
+        numbers.map(|number| number.parse::<u64>().expect("whole seconds") * 1000).collect()
+    }
+
+    #[test]
+    fn nodes_remember_an_id_for_longer_than_the_files_let_attempts_begin() {
+        let route = seconds(&Kind::Envoy.config(1, [2, 3, 4]), "timeout: ");
+        let next = seconds(&Kind::Nginx.config(1, [2, 3, 4]), "proxy_next_upstream_timeout ");
+        assert_eq!(
+            (route.as_slice(), next.as_slice()),
+            (&[30_000, 2_000][..], &[5_000][..]),
+            "the route's, the probe's"
+        );
+        let remembered_ms = crate::state::apply::KeyLimits::default().balancer_ms;
+        assert!(route.into_iter().chain(next).all(|begins_ms| begins_ms + 5_000 <= remembered_ms));
     }
 
     #[test]

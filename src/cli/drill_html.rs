@@ -131,7 +131,7 @@ fn table<R: RoundReport>(report: &DrillReport<R>) -> String {
         true => "",
         false => " class=\"words\"",
     };
-    let head: Vec<String> = R::HEAD
+    let head: Vec<String> = R::head()
         .iter()
         .enumerate()
         .map(|(column, head)| format!("<th{}>{}</th>", class(column), escape(head)))

@@ -1,10 +1,12 @@
 //! The figures of a drill: one row per round, a summary, and the judge's verdict.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::Serialize;
 
 use super::drill_open::Offered;
 use super::output;
-use crate::judge::{GapSummary, Verdict};
+use crate::judge::{FindingKind, GapSummary, History, Verdict};
 
 /// When a round was, and what happened in it. Microseconds of the recorder's clock.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -50,6 +52,11 @@ pub trait RoundReport: Serialize {
     /// Heads of the columns.
     const HEAD: &'static [&'static str];
 
+    /// The same, with those that are known only after the end.
+    fn head() -> Vec<&'static str> {
+        Self::HEAD.to_vec()
+    }
+
     /// Its row below them.
     fn row(&self) -> Vec<String>;
 
@@ -64,6 +71,64 @@ pub trait RoundReport: Serialize {
 
     /// When it was.
     fn times(&self) -> &Times;
+}
+
+/// A round, and what the judge found of it after the end.
+#[derive(Clone, Debug, Serialize)]
+pub struct Judged<R> {
+    /// The round.
+    #[serde(flatten)]
+    pub round: R,
+    /// Writes that ended in it and are there twice, of those that the verdict lists.
+    pub duplicates: u64,
+}
+
+impl<R: RoundReport> RoundReport for Judged<R> {
+    const HEAD: &'static [&'static str] = R::HEAD;
+
+    fn head() -> Vec<&'static str> {
+        R::head().into_iter().chain(["DOUBLED"]).collect()
+    }
+
+    fn row(&self) -> Vec<String> {
+        let mut row = self.round.row();
+        row.push(self.duplicates.to_string());
+        row
+    }
+
+    fn progress(&self) -> String {
+        self.round.progress()
+    }
+
+    fn gap_us(&self) -> Option<u64> {
+        self.round.gap_us()
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.round.problem()
+    }
+
+    fn times(&self) -> &Times {
+        self.round.times()
+    }
+}
+
+/// Gives each round what the judge found doubled of its writes.
+pub fn judged<R: RoundReport>(rounds: Vec<R>, history: &History, verdict: &Verdict) -> Vec<Judged<R>> {
+    let doubled: BTreeSet<u64> = verdict
+        .findings
+        .iter()
+        .filter(|finding| finding.kind == FindingKind::Doubled)
+        .filter_map(|finding| finding.value)
+        .collect();
+    // When each of them was answered first.
+    let mut ended_us: BTreeMap<u64, u64> = BTreeMap::new();
+    for write in history.writes.iter().filter(|write| doubled.contains(&write.value)) {
+        let first = ended_us.entry(write.value).or_insert(write.end_us);
+        *first = write.end_us.min(*first);
+    }
+    let of = |times: &Times| ended_us.values().filter(|at| (times.from_us..=times.to_us).contains(at)).count() as u64;
+    rounds.into_iter().map(|round| Judged { duplicates: of(round.times()), round }).collect()
 }
 
 /// The whole drill.
@@ -122,7 +187,7 @@ fn median_and_worst(mut gaps: Vec<u64>) -> (f64, f64) {
 
 /// The report for people.
 pub fn text<R: RoundReport>(report: &DrillReport<R>) -> String {
-    let mut table = output::table(R::HEAD.iter().copied());
+    let mut table = output::table(R::head());
     for round in &report.rounds {
         table.add_row(round.row());
     }
@@ -176,7 +241,72 @@ pub fn findings<R: RoundReport>(report: &DrillReport<R>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use serde_json::json;
+
     use super::*;
+    use crate::judge::{Finding, WriteAttempt, WriteOutcome};
+
+    #[derive(Serialize)]
+    struct Plain {
+        round: usize,
+        times: Times,
+    }
+
+    impl RoundReport for Plain {
+        const HEAD: &'static [&'static str] = &["ROUND"];
+
+        fn row(&self) -> Vec<String> {
+            vec![self.round.to_string()]
+        }
+
+        fn progress(&self) -> String {
+            String::new()
+        }
+
+        fn gap_us(&self) -> Option<u64> {
+            None
+        }
+
+        fn problem(&self) -> Option<String> {
+            None
+        }
+
+        fn times(&self) -> &Times {
+            &self.times
+        }
+    }
+
+    #[test]
+    fn a_doubled_write_is_counted_once_and_in_the_round_of_its_first_answer() {
+        let rounds = [1u64, 2].map(|round| {
+            let times = Times { from_us: round * 1_000, to_us: round * 1_000 + 900, marks: Vec::new() };
+            Plain { round: round as usize, times }
+        });
+        let write = |value, end_us| WriteAttempt {
+            client: 0,
+            node: 0,
+            key: 0,
+            value,
+            start_us: end_us - 10,
+            end_us,
+            outcome: WriteOutcome::Unknown { status: 0 },
+        };
+        // 7 was sent again in the next round, 8 is between the rounds, 9 is fine.
+        let writes = vec![write(7, 1_500), write(7, 2_500), write(8, 1_950), write(9, 2_600), write(5, 2_700)];
+        let history = History { writes, ..History::default() };
+        let found = |kind, value, node| Finding { kind, key: 0, value: Some(value), node, detail: String::new() };
+        let doubled = |value, node| found(FindingKind::Doubled, value, Some(node));
+        let findings =
+            vec![doubled(7, 0), doubled(7, 1), doubled(8, 0), doubled(5, 2), found(FindingKind::Lost, 9, None)];
+        let verdict = Verdict { findings, ..Verdict::default() };
+        let judged = judged(rounds.into(), &history, &verdict);
+        assert_eq!(judged.iter().map(|round| round.duplicates).collect::<Vec<_>>(), [1, 1]);
+        assert_eq!(<Judged<Plain> as RoundReport>::head(), ["ROUND", "DOUBLED"]);
+        assert_eq!(judged.first().unwrap().row(), ["1", "1"]);
+        let json = serde_json::to_value(judged.first()).unwrap();
+        assert_eq!((&json["round"], &json["duplicates"]), (&json!(1), &json!(1)));
+    }
 
     #[test]
     fn the_median_does_not_flatter() {

@@ -18,7 +18,7 @@ use super::drill_drain::{self, Names};
 use super::drill_load::{self, Load};
 use super::drill_open::{self, Offered};
 use super::drill_partition::{self, Relays};
-use super::drill_report::{DrillReport, RoundReport, median_and_worst_ms, text};
+use super::drill_report::{DrillReport, RoundReport, judged, median_and_worst_ms, text};
 use super::drill_watch::{Down, survivor_errors};
 use super::http_client::Endpoint;
 use super::local_cluster::{LocalCluster, NODES_MAX, NodePlan, free_port, plan};
@@ -332,7 +332,7 @@ async fn measure(args: &DrillArgs, load: Arc<Load>) -> Result<f64, CliError> {
 }
 
 /// Ends the clients, asks the judge, and makes the report.
-async fn finish<R: RoundReport>(
+async fn finish<R: RoundReport + Send + 'static>(
     play: Play<'_>,
     rounds: Vec<R>,
     clients: Clients,
@@ -355,9 +355,12 @@ async fn finish<R: RoundReport>(
         listings.push(drill_load::list_node(load, node).await.map_err(CliError::Found)?);
     }
     let history = load.recorder.history();
-    let verdict = tokio::task::spawn_blocking(move || judge::check(&history, &listings))
-        .await
-        .map_err(|error| CliError::Local(format!("the judge failed: {error}")))?;
+    let judging = tokio::task::spawn_blocking(move || {
+        let verdict = judge::check(&history, &listings);
+        let rounds = judged(rounds, &history, &verdict);
+        (verdict, rounds)
+    });
+    let (verdict, rounds) = judging.await.map_err(|error| CliError::Local(format!("the judge failed: {error}")))?;
     let (gap_median_ms, gap_worst_ms) = median_and_worst_ms(&rounds);
     let rounds_clean = rounds.iter().all(|round| round.problem().is_none());
     let report = DrillReport {

@@ -146,7 +146,8 @@ pub fn check_ports(plan: &[NodePlan]) -> Result<(), CliError> {
 
 /// The server processes.
 pub struct LocalCluster {
-    program: PathBuf,
+    /// What each node runs.
+    programs: Vec<PathBuf>,
     plan: Vec<NodePlan>,
     children: Vec<Option<Running>>,
     /// Further variables of the environment: of which node, or of all.
@@ -192,7 +193,8 @@ impl LocalCluster {
             local_config::write_or_compare(node, &plan)?;
         }
         let children = plan.iter().map(|_| None).collect();
-        Ok(Self { program, plan, children, env: Vec::new() })
+        let programs = vec![program; plan.len()];
+        Ok(Self { programs, plan, children, env: Vec::new() })
     }
 
     /// Sets a variable of the environment of every process that is started from now on.
@@ -204,6 +206,18 @@ impl LocalCluster {
     pub fn set_node_env(&mut self, node: usize, name: &str, value: impl Into<OsString>) {
         self.env.retain(|(of, known, _)| (*of, known.as_str()) != (Some(node), name));
         self.env.push((Some(node), name.to_owned(), value.into()));
+    }
+
+    /// Takes such a variable back.
+    pub fn unset_node_env(&mut self, node: usize, name: &str) {
+        self.env.retain(|(of, known, _)| (*of, known.as_str()) != (Some(node), name));
+    }
+
+    /// What one node runs from its next start on.
+    pub fn set_node_program(&mut self, node: usize, program: PathBuf) {
+        if let Some(known) = self.programs.get_mut(node) {
+            *known = program;
+        }
     }
 
     /// The plan.
@@ -218,7 +232,8 @@ impl LocalCluster {
 
     /// Starts one node that is not running. Its output is appended to its log.
     pub fn start(&mut self, node: usize) -> Result<(), CliError> {
-        let (Some(plan), Some(slot)) = (self.plan.get(node), self.children.get_mut(node)) else {
+        let node_parts = (self.plan.get(node), self.children.get_mut(node), self.programs.get(node));
+        let (Some(plan), Some(slot), Some(program)) = node_parts else {
             return Err(CliError::Local(format!("there is no node {node}")));
         };
         let failed =
@@ -229,7 +244,7 @@ impl LocalCluster {
             .open(plan.log_file())
             .map_err(|error| failed("open its log", error))?;
         let log_too = log.try_clone().map_err(|error| failed("open its log", error))?;
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(program);
         command
             .arg("serve")
             .arg("--config")

@@ -69,6 +69,8 @@ pub struct Disk {
 struct ClusterBody {
     leader: Option<String>,
     term: u64,
+    feature_level: Option<u32>,
+    feature_level_held_by: Vec<String>,
     members: Vec<MemberBody>,
 }
 
@@ -113,6 +115,9 @@ struct StatusReport {
     healthy: bool,
     leader: Option<String>,
     term: u64,
+    feature_level: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    feature_level_held_by: Vec<String>,
     problems: Vec<String>,
     nodes: Vec<Line>,
     /// The change of the members that goes on, as the leader knows it.
@@ -193,8 +198,9 @@ async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
         return Err(CliError::Unreachable(format!("no node answered: {}", errors.join("; "))));
     }
     let problems = problems(&cluster, cluster_error, &nodes);
+    let ClusterBody { leader, term, feature_level, feature_level_held_by, .. } = cluster;
     let healthy = problems.is_empty();
-    Ok(StatusReport { healthy, leader: cluster.leader, term: cluster.term, problems, nodes, change })
+    Ok(StatusReport { healthy, leader, term, feature_level, feature_level_held_by, problems, nodes, change })
 }
 
 async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<Job>, Option<String>) {
@@ -321,6 +327,10 @@ fn text(report: &StatusReport) -> String {
     }
     let leader = report.leader.as_deref().unwrap_or("none");
     let mut text = format!("{table}\nleader: {leader}, term {}", report.term);
+    // Worth a word while it is held only: otherwise it is what the programs know.
+    if let (Some(level), held @ [_, ..]) = (report.feature_level, &*report.feature_level_held_by) {
+        text.push_str(&format!("\nfeature level {level}: {}", held.join("; ")));
+    }
     // Also of a node that is no member yet and has no line above.
     if let Some(job) = &report.change {
         text.push_str(&format!("\n{}", member::change(job)));

@@ -156,6 +156,13 @@ pub static KEYS: &[Key] = &[
     ),
     key(
         "cluster",
+        "feature_level_max",
+        Kind::Integer { field: IntegerField::U32(|c| &mut c.cluster.feature_level_max), min: 0, max: 1_000, unit: "" },
+        "The feature level that the cluster is not raised above while this node says so; by default the highest that its \
+         program knows. Holding it keeps the way back to the program before an upgrade open.",
+    ),
+    key(
+        "cluster",
         "peer_listen",
         Kind::OptionalAddress(|c| &mut c.cluster.peer_listen),
         "Address of the listener for the other nodes; by default the HTTP host and the HTTP port + 100.",

@@ -56,6 +56,10 @@ impl EntryApplier for NodeApplier {
     fn log_time_ms(&self) -> u64 {
         self.applier.log_time_ms()
     }
+
+    fn feature_level(&self) -> u32 {
+        self.applier.feature_level()
+    }
 }
 
 /// Makes appliers for a state machine. The receiver ends once the machine and all of them are gone.
@@ -64,7 +68,7 @@ pub fn restorer(limits: KeyLimits, vital: Vital) -> (RestoreApplier<NodeApplier>
     let (sender, gone) = oneshot::channel();
     let alive: Alive = Arc::new(sender);
     let restore = move |read: &dyn StateRead, applied: &AppliedState| {
-        let applier = Applier::restore(read, applied.fact_index, applied.log_time_ms, limits)?;
+        let applier = Applier::restore(read, applied, limits)?;
         Ok(NodeApplier { applier, vital: vital.clone(), _alive: Arc::clone(&alive) })
     };
     (Arc::new(restore), gone)

@@ -32,7 +32,7 @@ use super::{
     forward::Forwarders,
     freshness::Freshness,
     identity::Identity,
-    log_time::Applied,
+    log_time::{Applied, Estimate},
     members::MembersDesk,
     park::Park,
     peers::Peers,
@@ -192,6 +192,8 @@ pub struct Shared {
     pub view: watch::Sender<ClusterView>,
     /// Contacts with leaders.
     pub freshness: Mutex<Freshness>,
+    /// Log time as estimated here.
+    pub log_time: Mutex<Estimate>,
     /// State of the disk.
     pub disk: DiskWatch,
     /// What the disk is busy with; one for a process.
@@ -312,7 +314,11 @@ impl Shared {
 
     /// Log time now, by this node's estimate.
     pub fn log_time_ms(&self) -> u64 {
-        super::log_time::estimate(self.log_time(), clock::monotonic_ms())
+        let applied = self.core.get().map_or_else(Applied::default, |core| {
+            let state = core.published();
+            Applied { log_time_ms: state.log_time_ms, at_monotonic_ms: state.at_monotonic_ms }
+        });
+        self.log_time.lock().unwrap_or_else(PoisonError::into_inner).now(applied, clock::monotonic_ms())
     }
 
     /// Notes a message of a leader that arrived at `arrived_ms` of the monotonic clock: what it has committed.
@@ -324,11 +330,16 @@ impl Shared {
 }
 
 impl Surroundings for Shared {
-    fn log_time(&self) -> Applied {
-        self.core.get().map_or_else(Applied::default, |core| {
-            let state = core.published();
-            Applied { log_time_ms: state.log_time_ms, at_monotonic_ms: state.at_monotonic_ms }
-        })
+    fn term(&self) -> u64 {
+        self.view.borrow().term
+    }
+
+    fn log_time_ms(&self) -> u64 {
+        Shared::log_time_ms(self)
+    }
+
+    fn feature_level(&self) -> u32 {
+        self.core.get().map_or(0, |core| core.published().feature_level)
     }
 
     fn silenced(&self) -> Option<String> {

@@ -20,6 +20,8 @@ use rustix::{
 };
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::state::engine::{folder, synced};
+
 /// Space taken for each file and each partner, bytes: more than any of them ever holds, and one block of most
 /// file systems.
 const RESERVED_BYTES: u64 = 4096;
@@ -36,6 +38,15 @@ pub enum FileError {
         /// What was being done.
         operation: &'static str,
         /// On which file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// There was no room, and nothing has changed. Never said by a sync, nor by a write to room taken beforehand: those
+    /// have failed, whatever they say.
+    #[error("write {}: {source}", path.display())]
+    Full {
+        /// Which file.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -59,38 +70,41 @@ pub fn replace(path: &Path, lines: &str) -> Result<(), FileError> {
     };
     let text = format!("{lines}{CHECKSUM}{:016x}\n", xxh3_64(lines.as_bytes()));
     let partner = path.with_extension("spare");
-    let file = open_reserved(&partner).map_err(io("create", &partner))?;
-    if let Err(failed) = write_whole(&file, text.as_bytes()) {
+    let full = |source| FileError::Full { path: partner.clone(), source };
+    let (file, has_room) = match open_reserved(&partner) {
+        Ok(opened) => opened,
+        Err(error) if is_full(&error) => return Err(full(error)),
+        Err(error) => return Err(io("create", &partner)(error)),
+    };
+    let written = match file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64)) {
+        Err(error) if is_full(&error) && !has_room => return Err(full(error)),
+        // Whatever it says: the room was there.
+        Err(error) => Err(io::Error::other(error)),
+        Ok(()) => synced(file.sync_all()),
+    };
+    if let Err(failed) = written {
         // Nothing is written or synced twice on a file that failed: the next replacement takes a new one.
-        if !is_full(&failed)
-            && let Err(error) = fs::remove_file(&partner)
-        {
+        if let Err(error) = fs::remove_file(&partner) {
             tracing::warn!(%error, path = %partner.display(), "a file that could not be written stays");
         }
         return Err(io("write", &partner)(failed));
     }
     drop(file);
     exchange(&partner, path).map_err(io("rename to", path))?;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    File::open(folder).and_then(|f| f.sync_all()).map_err(io("sync folder", folder))?;
+    let parent = path.parent().unwrap_or(Path::new("."));
+    folder::sync(parent).map_err(io("sync folder", parent))?;
     if let Err(error) = open_reserved(&partner) {
         tracing::debug!(%error, path = %partner.display(), "no room for the partner of a small file");
     }
     Ok(())
 }
 
-/// Opens or makes a file and takes its space beforehand, where the file system can do that.
-fn open_reserved(path: &Path) -> io::Result<File> {
+/// Opens or makes a file and takes its space beforehand, where the file system can do that: whether it was taken.
+fn open_reserved(path: &Path) -> io::Result<(File, bool)> {
     let file = File::options().create(true).truncate(false).write(true).open(path)?;
     // Without room for it the write says so, if it needs any.
-    let _ = fallocate(&file, FallocateFlags::KEEP_SIZE, 0, RESERVED_BYTES);
-    Ok(file)
-}
-
-fn write_whole(file: &File, bytes: &[u8]) -> io::Result<()> {
-    file.write_all_at(bytes, 0)?;
-    file.set_len(bytes.len() as u64)?;
-    file.sync_all()
+    let has_room = fallocate(&file, FallocateFlags::KEEP_SIZE, 0, RESERVED_BYTES).is_ok();
+    Ok((file, has_room))
 }
 
 /// Gives `partner` the name `path`, and what had it before the name of the partner.

@@ -6,12 +6,12 @@
 //! of the folder that was put back is found out. The folder itself is locked for one process.
 
 use std::{
-    fs::{File, OpenOptions, TryLockError},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use stemedb_net::ClusterId;
+use stemedb_raft::disk::folder_lock::{KernelLock, try_lock};
 
 use super::files::{self, FileError};
 
@@ -180,12 +180,6 @@ pub fn standing(identity: Option<&Identity>, log: LogContent, tree_present: bool
     }
 }
 
-/// The lock on a data folder; released when dropped or when the process ends.
-#[derive(Debug)]
-pub struct FolderLock {
-    _file: File,
-}
-
 /// Why the folder could not be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
@@ -208,19 +202,15 @@ pub enum LockError {
 }
 
 /// Locks `data_dir`, waiting up to `wait_ms` for another process to leave it.
-pub async fn lock_folder(data_dir: &Path, wait_ms: u64) -> Result<FolderLock, LockError> {
+pub async fn lock_folder(data_dir: &Path, wait_ms: u64) -> Result<KernelLock, LockError> {
     let path = data_dir.join("lock");
     let io = |source| LockError::Io { path: path.clone(), source };
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(io)?;
     let until = tokio::time::Instant::now() + Duration::from_millis(wait_ms);
     loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(FolderLock { _file: file }),
-            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < until => {
-                tokio::time::sleep(LOCK_RETRY).await
-            }
-            Err(TryLockError::WouldBlock) => return Err(LockError::Taken { path, waited_ms: wait_ms }),
-            Err(TryLockError::Error(source)) => return Err(io(source)),
+        match try_lock(&path).map_err(io)? {
+            Some(lock) => return Ok(lock),
+            None if tokio::time::Instant::now() < until => tokio::time::sleep(LOCK_RETRY).await,
+            None => return Err(LockError::Taken { path, waited_ms: wait_ms }),
         }
     }
 }
@@ -283,6 +273,6 @@ mod tests {
         let error = lock_folder(dir.path(), 0).await.unwrap_err();
         assert!(error.to_string().contains("timeout"), "{error}");
         drop(first);
-        lock_folder(dir.path(), 0).await.unwrap();
+        drop(lock_folder(dir.path(), 0).await.unwrap());
     }
 }

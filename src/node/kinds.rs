@@ -21,6 +21,8 @@ pub enum Kind {
     Candidate = 5,
     /// Ask where you stand: it has changed. `()` → `()`.
     LookAgain = 6,
+    /// What is your program, and what does it know? Nothing → `level::About`, in JSON.
+    About = 7,
     /// Raft: `AppendEntriesRequest` → `AppendEntriesResponse`; heartbeats are the same without entries.
     Append = 16,
     /// Raft: `VoteRequest` → `VoteResponse`.
@@ -54,13 +56,14 @@ pub enum Kind {
 }
 
 /// Every kind with its lane.
-pub const KINDS: [(Kind, Lane); 21] = [
+pub const KINDS: [(Kind, Lane); 22] = [
     (Kind::Probe, Lane::Control),
     (Kind::Assign, Lane::Control),
     (Kind::RebuildAsk, Lane::Control),
     (Kind::Standing, Lane::Control),
     (Kind::Candidate, Lane::Control),
     (Kind::LookAgain, Lane::Control),
+    (Kind::About, Lane::Control),
     // Heartbeats on `Control`, entries on `Log`.
     (Kind::Append, Lane::Log),
     (Kind::Vote, Lane::Control),
@@ -99,11 +102,11 @@ mod tests {
     #[test]
     fn numbers_are_frozen_unique_and_probes_are_below_the_bound() {
         let numbers: Vec<u16> = KINDS.iter().map(|(kind, _)| kind.number()).collect();
-        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 16, 17, 18, 19, 32, 33, 34, 40, 35, 48, 49, 50, 51, 52, 53]);
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 32, 33, 34, 40, 35, 48, 49, 50, 51, 52, 53]);
         for (kind, _) in KINDS {
             assert_eq!(Kind::of(kind.number()), Some(kind));
-            use Kind::{Assign, Candidate, LookAgain, Probe, RebuildAsk, Standing};
-            let probe = matches!(kind, Probe | Assign | RebuildAsk | Standing | Candidate | LookAgain);
+            use Kind::{About, Assign, Candidate, LookAgain, Probe, RebuildAsk, Standing};
+            let probe = matches!(kind, Probe | Assign | RebuildAsk | Standing | Candidate | LookAgain | About);
             assert_eq!(probe, kind.number() < stemedb_net::PROBE_KINDS);
         }
         assert_eq!(Kind::of(0), None);

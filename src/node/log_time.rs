@@ -1,14 +1,27 @@
 //! Log time: the clock by which idempotency ids expire, the same on every node.
 //!
-//! It is carried by the entries. A leader stamps an entry with the last applied log time plus what
-//! its own monotonic clock has counted since that was applied, and never with less than its last
-//! stamp. While nothing is written it advances by at most `IDLE_STEP_MS`, so that the estimates of
-//! two nodes differ by the drift of their clocks over that time only. A node that takes a command
-//! estimates log time in the same way to say until when it may be sent again.
+//! It is carried by the entries. A leader stamps an entry with its own estimate of log time, and never with less than
+//! its last stamp of the same term. Each node estimates: from the last applied log time on with its own monotonic clock.
+//! A node that takes a command says by that estimate until when it may be sent again.
+//!
+//! The estimates have to agree, because a leader refuses a command whose time has passed by its own, and then a command of
+//! which an attempt ended without an answer has an unknown outcome for ever. Two things keep them together:
+//!
+//! - An entry is applied some time after it was stamped, on each node. An estimate that began anew with each entry would
+//!   lose that time: under load log time would nearly stand still, except on a node that is cut off. So an estimate goes on,
+//!   and entries only hold it: not below what they say, and not above it by more than `AHEAD_MS_MAX`.
+//! - What a leader has stamped and nobody has committed is forgotten with its term.
+//!
+//! While nothing is written log time advances by at most `IDLE_STEP_MS`, so that the estimates of two nodes differ by the
+//! drift of their clocks over that time only.
 
 /// Most milliseconds by which log time advances between two entries. Above the request deadline, so
 /// that a waiting command can expire; short enough that clocks drift apart by milliseconds only.
 pub const IDLE_STEP_MS: u64 = 60_000;
+
+/// Most milliseconds by which an estimate is ahead of an entry that has just been applied: above the time from its stamp
+/// to here, even on slow disks, and far below a request deadline.
+pub const AHEAD_MS_MAX: u64 = 1_000;
 
 /// The last applied log time, and the monotonic time of this node when it was published.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,50 +32,53 @@ pub struct Applied {
     pub at_monotonic_ms: u64,
 }
 
-/// Log time now, as well as this node can tell.
-pub fn estimate(applied: Applied, now_monotonic_ms: u64) -> u64 {
-    let since = now_monotonic_ms.saturating_sub(applied.at_monotonic_ms);
-    applied.log_time_ms.saturating_add(since.min(IDLE_STEP_MS))
+/// Log time `now`, going on from `from`.
+fn go_on(from: Applied, now_monotonic_ms: u64) -> u64 {
+    let since = now_monotonic_ms.saturating_sub(from.at_monotonic_ms);
+    from.log_time_ms.saturating_add(since.min(IDLE_STEP_MS))
+}
+
+/// Log time as one node estimates it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Estimate {
+    /// Of the last applied entry that moved it.
+    applied_ms: u64,
+    /// The estimate at that moment.
+    from: Applied,
+}
+
+impl Estimate {
+    /// Log time now. `applied`: the newest that was published; a publication without an entry that has a time, such as
+    /// the first one of a leader, changes nothing.
+    pub fn now(&mut self, applied: Applied, now_monotonic_ms: u64) -> u64 {
+        if applied.log_time_ms > self.applied_ms {
+            let at_monotonic_ms = applied.at_monotonic_ms;
+            let most = applied.log_time_ms.saturating_add(AHEAD_MS_MAX);
+            let log_time_ms = go_on(self.from, at_monotonic_ms).clamp(applied.log_time_ms, most);
+            *self = Estimate { applied_ms: applied.log_time_ms, from: Applied { log_time_ms, at_monotonic_ms } };
+        }
+        go_on(self.from, now_monotonic_ms)
+    }
 }
 
 /// Stamps the entries of one proposer.
 #[derive(Debug, Default)]
 pub struct Stamper {
+    term: u64,
     last_stamp_ms: u64,
 }
 
 impl Stamper {
-    /// The log time of the next entry: never below an earlier one.
-    pub fn stamp(&mut self, applied: Applied, now_monotonic_ms: u64) -> u64 {
-        self.last_stamp_ms = self.last_stamp_ms.max(estimate(applied, now_monotonic_ms));
+    /// The log time of the next entry, by the estimate of this moment: never below an earlier one of the same term.
+    pub fn stamp(&mut self, term: u64, estimate_ms: u64) -> u64 {
+        if self.term != term {
+            *self = Stamper { term, last_stamp_ms: 0 };
+        }
+        self.last_stamp_ms = self.last_stamp_ms.max(estimate_ms);
         self.last_stamp_ms
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn it_advances_with_the_monotonic_clock_and_never_goes_back() {
-        let mut stamper = Stamper::default();
-        let applied = Applied { log_time_ms: 1_000, at_monotonic_ms: 50 };
-        assert_eq!(stamper.stamp(applied, 60), 1_010);
-        assert_eq!(stamper.stamp(applied, 55), 1_010);
-        let restarted = Applied { log_time_ms: 900, at_monotonic_ms: 1 };
-        assert_eq!(stamper.stamp(restarted, 2), 1_010);
-    }
-
-    #[test]
-    fn a_long_idle_time_counts_as_one_step() {
-        let applied = Applied { log_time_ms: 1_000, at_monotonic_ms: 0 };
-        assert_eq!(estimate(applied, 24 * 3_600_000), 1_000 + IDLE_STEP_MS);
-    }
-
-    #[test]
-    fn extremes_do_not_overflow() {
-        let applied = Applied { log_time_ms: u64::MAX, at_monotonic_ms: 9 };
-        assert_eq!(estimate(applied, u64::MAX), u64::MAX);
-        assert_eq!(estimate(applied, 0), u64::MAX);
-    }
-}
+#[path = "log_time_tests.rs"]
+mod tests;

@@ -39,6 +39,9 @@ pub enum BodyError {
     /// Not a value of the expected type.
     #[error(transparent)]
     Codec(#[from] CodecError),
+    /// The same of one in JSON.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
 }
 
 /// A body from a value.
@@ -48,14 +51,27 @@ pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, CodecError> {
     Ok(body.into())
 }
 
+/// A body that says itself what its fields are: for what versions must understand of each other.
+pub fn pack_json<T: Serialize>(value: &T) -> Result<Bytes, serde_json::Error> {
+    let mut body = MESSAGE_FORMAT.to_le_bytes().to_vec();
+    serde_json::to_writer(&mut body, value)?;
+    Ok(body.into())
+}
+
+/// A value from such a body.
+pub fn unpack_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, BodyError> {
+    Ok(serde_json::from_slice(value_of(body)?)?)
+}
+
 /// A value from a body.
 pub fn unpack<T: DeserializeOwned>(body: &[u8]) -> Result<T, BodyError> {
+    Ok(codec::decode(value_of(body)?)?)
+}
+
+fn value_of(body: &[u8]) -> Result<&[u8], BodyError> {
     let (format, value) = body.split_first_chunk::<2>().ok_or(BodyError::TooShort(body.len()))?;
     let found = u16::from_le_bytes(*format);
-    if found > MESSAGE_FORMAT {
-        return Err(BodyError::Newer { found });
-    }
-    Ok(codec::decode(value)?)
+    if found > MESSAGE_FORMAT { Err(BodyError::Newer { found }) } else { Ok(value) }
 }
 
 /// Questions of a node whose log lacks entries.

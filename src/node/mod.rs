@@ -30,6 +30,7 @@ mod handover;
 mod healer;
 pub mod identity;
 pub mod kinds;
+pub mod level;
 pub mod log_time;
 pub mod members;
 pub mod messages;

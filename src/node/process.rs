@@ -21,7 +21,10 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use stemedb_net::{Limits, Listener, LocalIdentity};
-use stemedb_raft::{disk::Disk, io_times::IoTimes};
+use stemedb_raft::{
+    disk::{Disk, folder_lock::KernelLock},
+    io_times::IoTimes,
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +33,6 @@ use super::{
     core::Shared,
     fence::{Fence, Side},
     flows::Flows,
-    identity::FolderLock,
     members::{MembersDesk, removed},
     park::Park,
     rebuild::{self, desk::Desk, journal::Journal, offer::Offers},
@@ -92,7 +94,7 @@ pub struct Process {
     /// Tasks of the process, and why the node cannot go on at all, once that is so.
     pub vital: Vital,
     current: ArcSwapOption<Shared>,
-    lock: Mutex<Option<FolderLock>>,
+    lock: Mutex<Option<KernelLock>>,
 }
 
 impl Process {

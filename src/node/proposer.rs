@@ -20,15 +20,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     core::RaftNode,
-    log_time::{Applied, Stamper},
+    log_time::Stamper,
     messages::ProposeAnswer,
     park::{Park, Place},
     room::{Admission, Need},
     vital::Vital,
 };
-use crate::{
-    clock,
-    state::command::{Command, CommandOutcome, ENTRY_FORMAT},
+use crate::state::{
+    command::{Command, CommandOutcome, ENTRY_FORMAT},
+    level,
 };
 
 /// Most commands in one entry. At 150 bytes each this is well below the bound on bytes; it keeps the
@@ -68,8 +68,12 @@ pub struct Proposer {
 
 /// What the task asks the node for.
 pub trait Surroundings: Send + Sync + 'static {
-    /// The last published log time.
-    fn log_time(&self) -> Applied;
+    /// The term, as this node knows it.
+    fn term(&self) -> u64;
+    /// Log time now, by this node's estimate.
+    fn log_time_ms(&self) -> u64;
+    /// The feature level that the cluster has reached, as far as this node has applied.
+    fn feature_level(&self) -> u32;
     /// Why this node must not acknowledge anything at present, if it must not.
     fn silenced(&self) -> Option<String>;
     /// An entry with this many commands was proposed.
@@ -133,6 +137,7 @@ pub fn command_bytes(command: &Command) -> usize {
             Operation::Supersede(s) => FACT + text(&s.reason),
             Operation::Rebuild(_) => 2 * FACT,
             Operation::Members(_) => 8 * FACT,
+            Operation::Level(_) => FACT,
         }
 }
 
@@ -185,13 +190,14 @@ async fn run(
             },
         };
         let mut packed = pack_entry(first, &mut waiting, &mut carry);
-        let log_time_ms = stamper.stamp(around.log_time(), clock::monotonic_ms());
+        let log_time_ms = stamper.stamp(around.term(), around.log_time_ms());
         packed.retain_mut(|w| !w.reply.is_closed());
         // A node that may not acknowledge need not append either: so its commands' end is certain.
         if around.silenced().is_some() {
             answer_all(packed, &ProposeAnswer::NotLeader);
             continue;
         }
+        let packed = known_to_all(packed, around.feature_level());
         let admitted = Arc::clone(&admission.borrow());
         let (packed, refused): (Vec<_>, Vec<_>) = packed
             .into_iter()
@@ -216,6 +222,17 @@ impl Waiting {
         // The receiver is gone when its client or connection is; then nobody waits for this.
         let _ = self.reply.send(answer);
     }
+}
+
+/// The rule of feature levels: what a member may not know never gets into the log. Refuses it, and returns the rest.
+fn known_to_all(packed: Vec<Waiting>, level: u32) -> Vec<Waiting> {
+    let (known, ahead): (Vec<_>, Vec<_>) = packed.into_iter().partition(|w| level::needed(&w.command.op) <= level);
+    for waiting in ahead {
+        let needed = level::needed(&waiting.command.op);
+        let why = format!("it needs feature level {needed}, and the cluster has {level}");
+        waiting.answer(ProposeAnswer::Impossible(why));
+    }
+    known
 }
 
 fn answer_all(packed: Vec<Waiting>, answer: &ProposeAnswer) {

@@ -6,7 +6,11 @@ use stemedb_raft::types::EntryOutcome;
 use super::*;
 use crate::{
     model::NewAssertion,
-    state::command::{CommandKey, EntryBody, KeySource, Operation, Outcome},
+    state::{
+        command::{CommandKey, EntryBody, KeySource, MemberCommand, Operation, Outcome},
+        level::LEVEL_MEMBERS,
+        members::{Change, Intent},
+    },
 };
 
 fn command(id: u128, value_bytes: usize) -> Command {
@@ -130,6 +134,40 @@ fn only_a_refusal_before_the_append_is_safe_and_the_rest_is_unknown() {
         match safe {
             true => assert_eq!(answer, ProposeAnswer::NotLeader),
             false => assert!(matches!(answer, ProposeAnswer::Unknown(_)), "{answer:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_a_member_may_not_know_is_refused_and_the_rest_is_proposed() {
+    let intent = Intent {
+        job: 1,
+        change: Change::Remove,
+        name: "node-3".into(),
+        peer_addr: String::new(),
+        http_addr: String::new(),
+        forced: false,
+        cause: "a test".into(),
+        began_unix_ms: 0,
+        place: None,
+        leaves: Vec::new(),
+        changing: false,
+        cancelled: false,
+    };
+    let mut begin = command(2, 1);
+    begin.op = Operation::Members(MemberCommand::Begin(Box::new(intent)));
+    for (level, refused) in [(0, true), (LEVEL_MEMBERS, false), (LEVEL_MEMBERS + 1, false)] {
+        let (mut waiting_begin, mut answer) = waiting(2, 1);
+        waiting_begin.command = Arc::new(begin.clone());
+        let (write, mut other) = waiting(1, 1);
+        let known = known_to_all(vec![waiting_begin, write], level);
+        assert_eq!(known.len(), if refused { 1 } else { 2 }, "level {level}");
+        assert_eq!(other.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        match answer.try_recv() {
+            Ok(ProposeAnswer::Impossible(why)) => {
+                assert!(refused && why.contains("needs feature level 1") && why.contains("has 0"), "{why}");
+            }
+            answer => assert!(!refused, "level {level}: {answer:?}"),
         }
     }
 }

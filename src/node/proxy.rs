@@ -3,7 +3,8 @@
 //! Its clients must not notice: what they send goes to the leader, wherever that is. So this node keeps a directory of
 //! the members, from the last membership it knew or else from those of the configured peers that answer, and asks them
 //! who leads: often while that is unknown, rarely afterwards. What it finds is the node's view, and whoever waits for a
-//! leader is woken by that. The membership follows the newest one that a member knows.
+//! leader is woken by that. The membership follows the newest one that a member knows. A node that has lost its files does
+//! not even know its cluster: it speaks as a guest of the one that its peers are members of, until it has a Raft id again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +17,7 @@ use futures_util::{
     future::{BoxFuture, FutureExt, join_all},
     stream::FuturesUnordered,
 };
-use stemedb_net::ClusterId;
+use stemedb_net::{ClusterId, LocalIdentity};
 use stemedb_raft::types::StoredMembership;
 use tokio::time::Instant;
 
@@ -181,17 +182,36 @@ pub async fn follow_others(shared: &Shared, mut back: impl FnMut(u64) -> bool) {
 
 /// Looks for members among the configured peers.
 async fn probe(shared: &Shared, directory: &mut Directory) {
-    let own = shared.identity.load_full();
-    let Some(identity) = &*own else { return };
-    let own_cluster = identity.cluster_id;
     let peers = shared.config.cluster.peers.iter().filter(|peer| peer.name != shared.name());
     let asked = peers.map(|peer| async move { (peer, formation::probe(shared, &peer.addr).await) });
-    for (peer, answer) in join_all(asked).await {
+    let answers = join_all(asked).await;
+    let own = (**shared.identity.load()).as_ref().map(|identity| identity.cluster_id);
+    let Some(own_cluster) = own.or_else(|| cluster_of(answers.iter().filter_map(|(_, answer)| answer.as_ref().ok())))
+    else {
+        return;
+    };
+    if own.is_none() {
+        let drawn = uuid::Uuid::now_v7().as_u64_pair().1;
+        let guest = Arc::new(LocalIdentity::guest(own_cluster, drawn));
+        // Not over the id that it is given meanwhile.
+        shared.local.rcu(|local| if local.node_id == 0 { Arc::clone(&guest) } else { Arc::clone(local) });
+    }
+    for (peer, answer) in answers {
         match answer {
             Ok(answer) => directory.found(own_cluster, peer, &answer),
             Err(error) => tracing::debug!(peer = peer.name, error, "a configured peer does not answer"),
         }
     }
+}
+
+/// The cluster of all that are members of one; `None` where there is none, or more than one. Pure.
+fn cluster_of<'a>(answers: impl Iterator<Item = &'a ProbeAnswer>) -> Option<ClusterId> {
+    let of_members = answers.filter_map(|answer| match answer {
+        ProbeAnswer::Member { cluster_id, .. } => Some(*cluster_id),
+        ProbeAnswer::Assigned { .. } | ProbeAnswer::Empty { .. } => None,
+    });
+    let clusters: BTreeSet<ClusterId> = of_members.collect();
+    clusters.first().copied().filter(|_| clusters.len() == 1)
 }
 
 #[cfg(test)]
@@ -307,5 +327,16 @@ mod tests {
         assert_eq!(known.leader().map(|l| (l.id, l.name)), Some((12, "node-2".into())));
         known.heard(12, Some(StatusReply { membership: Some(membership(9, &[12, 13])), ..says(2, Role::Leader, 4) }));
         assert_eq!(known.others().len(), 2);
+    }
+
+    #[test]
+    fn a_node_without_files_is_a_guest_of_the_one_cluster_that_answers() {
+        let member = |cluster: u8| ProbeAnswer::Member { name: "n".into(), cluster_id: [cluster; 16], raft_id: 2 };
+        let empty = ProbeAnswer::Empty { name: "n".into(), list_hash: 1 };
+        assert_eq!(cluster_of([member(7), empty.clone(), member(7)].iter()), Some([7; 16]));
+        assert_eq!(cluster_of([member(7), member(8)].iter()), None, "it does not choose");
+        assert_eq!(cluster_of([empty].iter()), None);
+        let guest = LocalIdentity::guest([7; 16], 5);
+        assert!(guest.is_joined() && !guest.has_raft_id());
     }
 }

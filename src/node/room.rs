@@ -25,7 +25,7 @@ impl Need {
     pub fn of(op: &Operation) -> Need {
         match op {
             Operation::Supersede(supersession) if supersession.new.is_none() => Need::Reserve,
-            Operation::Rebuild(_) | Operation::Members(_) => Need::Reserve,
+            Operation::Rebuild(_) | Operation::Members(_) | Operation::Level(_) => Need::Reserve,
             Operation::Assert(_)
             | Operation::Vote(_)
             | Operation::Epoch(_)

@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stemedb_net::{
     ConnectionHandler, PeerHello, Refusal, Service, code,
-    identity::{PROBE_KINDS, judge},
+    identity::{PROBE_KINDS, is_guest, judge},
 };
 use stemedb_raft::types::TypeConfig;
 use tokio::sync::oneshot;
@@ -27,7 +27,7 @@ use super::{
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
     kinds::Kind,
-    members,
+    level, members,
     messages::{
         EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, unpack,
     },
@@ -108,11 +108,19 @@ impl ConnectionHandler for Connection {
             Kind::RebuildAsk => return rebuild::grant::ask(shared, body).boxed(),
             Kind::Standing => return members::standing::answer(shared, body).boxed(),
             Kind::Candidate => return now(members::candidate_answer(&shared)),
+            Kind::About => return now(level::answer(&shared)),
             Kind::LookAgain => {
                 shared.members.look_again.notify_one();
                 return now(answer(&()));
             }
             _ => {}
+        }
+        if is_guest(self.hello.node_id) {
+            return match kind {
+                // What it needs to pass on the requests of its clients. Nothing about it is remembered.
+                Kind::Status | Kind::Forward | Kind::ReadIndex => self.handle(shared, kind, body),
+                _ => now(Err(refused("the sender has no place in this cluster yet"))),
+            };
         }
         // The boot count must be durable here before anything is promised to its bearer.
         let boot = match self.process.boots.observe(self.hello.node_id, self.hello.boot) {
@@ -177,6 +185,7 @@ impl Connection {
             | Kind::Standing
             | Kind::Candidate
             | Kind::LookAgain
+            | Kind::About
             | Kind::Status
             | Kind::Entries => now(Err(failed("handled before"))),
         }

@@ -28,10 +28,14 @@ async fn node(dir: &tempfile::TempDir) -> Arc<Node> {
 }
 
 async fn ask<T: Serialize>(node: &Node, kind: Kind, request: &T) -> Answer {
+    ask_as(node, 77, kind, request).await
+}
+
+async fn ask_as<T: Serialize>(node: &Node, sender: u64, kind: Kind, request: &T) -> Answer {
     let own = **node.shared().local.load();
     let hello = PeerHello {
         cluster_id: own.cluster_id,
-        node_id: 77,
+        node_id: sender,
         target_id: own.node_id,
         boot: 1,
         lane: stemedb_net::Lane::Log,
@@ -70,5 +74,35 @@ async fn a_node_that_is_about_to_stop_refuses_leadership() {
     node.shared().leaving.store(true, Ordering::Relaxed);
     let refusal = ask(&node, Kind::TransferLeader, &offer).await.unwrap_err();
     assert_eq!(refusal.code, REFUSED_BEFORE_EFFECT, "{refusal:?}");
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_passes_on_requests_and_its_word_counts_for_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(&dir).await;
+    let guest = stemedb_net::LocalIdentity::guest([1; 16], 9).node_id;
+    let command = Command {
+        key: CommandKey { source: KeySource::Client, id: 7 },
+        body_hash: 0,
+        resend_until_ms: u64::MAX,
+        created_at_ms: 1,
+        op: Operation::Assert(vec![]),
+    };
+    let forwarded = ask_as(&node, guest, Kind::Forward, &ForwardRequest { commands: vec![command] }).await.unwrap();
+    let reply: ForwardReply = unpack(&forwarded).unwrap();
+    assert!(matches!(&reply.answers[..], [ProposeAnswer::Outcome(_)]), "{reply:?}");
+    assert!(ask_as(&node, guest, Kind::Status, &()).await.is_ok());
+    assert!(ask_as(&node, guest, Kind::ReadIndex, &()).await.is_ok());
+    let vote = VoteRequest::<TypeConfig>::new(Vote::new(u64::MAX, guest), None);
+    for refusal in [
+        ask_as(&node, guest, Kind::Vote, &vote).await,
+        ask_as(&node, guest, Kind::PreVote, &vote).await,
+        ask_as(&node, guest, Kind::LogEnd, &()).await,
+        ask_as(&node, guest, Kind::RebuildStep, &()).await,
+    ] {
+        assert!(refusal.is_err_and(|refusal| refusal.message.contains("no place in this cluster")));
+    }
+    assert_eq!(node.process.boots.highest(guest), None, "nothing about it is remembered");
     node.shutdown().await;
 }

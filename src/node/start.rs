@@ -20,7 +20,7 @@ use openraft::{Raft, RaftLogReader, storage::RaftLogStorage};
 use stemedb_net::{Limits, LocalIdentity};
 use stemedb_raft::{
     WalHandle, WalOptions, WalStore,
-    disk::{Disk, RealDisk},
+    disk::{Disk, RealDisk, folder_lock::KernelLock},
     io_times::IoTimes,
 };
 use tokio::{
@@ -36,7 +36,7 @@ use super::{
     formation::{self, FormError, Formed},
     forward::Forwarders,
     healer::PeerHealer,
-    identity::{self, FolderLock, Identity, LogContent, Standing},
+    identity::{self, Identity, LogContent, Standing},
     members::Gone,
     peers::Peers,
     process::Process,
@@ -102,7 +102,7 @@ pub async fn take_folder(
     config: &Arc<Config>,
     metrics: &Arc<Metrics>,
     probe: Arc<dyn SpaceProbe>,
-) -> Result<(FolderLock, SpaceWatch), StartError> {
+) -> Result<(KernelLock, SpaceWatch), StartError> {
     let data_dir = config.node.data_dir.clone();
     let path = data_dir.clone();
     tokio::fs::create_dir_all(&data_dir).await.map_err(|source| StartError::Io {
@@ -169,7 +169,7 @@ pub fn incarnate_proxy(
     };
     let (assignments, _) = mpsc::channel(1);
     let shared = make_shared(process, own, assignments);
-    if shared.local.load().node_id == 0 && journal.fresh_id != 0 {
+    if !shared.local.load().has_raft_id() && journal.fresh_id != 0 {
         shared.local.store(Arc::new(rebuild::pulling_identity(journal)));
     }
     if let Some(membership) = rebuild::membership_of(&journal.members) {
@@ -376,6 +376,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         assignments,
         view: watch::Sender::default(),
         freshness: Default::default(),
+        log_time: Default::default(),
         last_words: Default::default(),
         disk: DiskWatch::default(),
         io_times: Arc::clone(&process.io_times),
@@ -503,6 +504,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that changes the members", super::members::lead::run(Arc::clone(&shared)));
+    vital.spawn("the task that raises the feature level", super::level::run(Arc::clone(&shared)));
     vital.spawn("the task that watches the room of all voters", room_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that watches how slow the disk is", slow::watch_slowness(Arc::clone(&shared)));
     vital.spawn("the task that takes checkpoints", upkeep::run(Arc::clone(&shared)));

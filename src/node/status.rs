@@ -19,10 +19,11 @@ use super::{
     disk::DiskHealth,
     flows::DrainMark,
     kinds::Kind,
+    level,
     messages::{Lag, StatusReply, pack, unpack},
     rebuild::{Need, desk::JobState},
 };
-use crate::{admin::drain::Mark, clock};
+use crate::{admin::drain::Mark, clock, state::level::FEATURE_LEVEL};
 
 /// How long a peer may take to tell its status before the report goes out without it.
 const STATUS_REPLY_MAX: Duration = Duration::from_millis(500);
@@ -68,6 +69,11 @@ pub struct ClusterReport {
     pub leader: Option<String>,
     /// The term.
     pub term: u64,
+    /// The feature level that the cluster has reached, as far as this node has applied; `None` while it applies nothing.
+    pub feature_level: Option<u32>,
+    /// Who keeps the cluster below the level that this node's program knows, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub feature_level_held_by: Vec<String>,
     /// Every member, by Raft id.
     pub members: Vec<MemberReport>,
 }
@@ -243,7 +249,16 @@ pub async fn cluster(shared: &Shared) -> ClusterReport {
             (id, member, status.ok())
         }
     });
-    let answers = futures_util::future::join_all(asked).await;
+    let feature_level = shared.core.get().map(level::here);
+    let knowing = async {
+        match feature_level {
+            Some(level) if level < FEATURE_LEVEL => {
+                level::held_by(FEATURE_LEVEL, &level::ask_members(shared, &view.membership).await)
+            }
+            _ => Vec::new(),
+        }
+    };
+    let (answers, feature_level_held_by) = tokio::join!(futures_util::future::join_all(asked), knowing);
     let leader_id = view.leader.as_ref().map(|l| l.id);
     let lags = answers
         .iter()
@@ -266,7 +281,8 @@ pub async fn cluster(shared: &Shared) -> ClusterReport {
             report
         })
         .collect();
-    ClusterReport { leader: view.leader.map(|l| l.name), term: view.term, members }
+    let (leader, term) = (view.leader.map(|l| l.name), view.term);
+    ClusterReport { leader, term, feature_level, feature_level_held_by, members }
 }
 
 fn report(id: u64, member: Member, status: Option<StatusReply>, voter: bool, lag: Option<Lag>) -> MemberReport {

@@ -187,10 +187,10 @@ impl Life {
         // An attempt that ended unknown may have been applied and its key forgotten since: then
         // "expired" is no proof.
         match (&outcome.outcome, &self.unknown) {
-            (Outcome::Refused(Refusal::Expired), Some(why)) => unknown(why),
+            (Outcome::Refused(Refusal::Expired), Some(why)) => unknown(why, "it reached the log too late"),
             (Outcome::Refused(Refusal::Expired), None) => not_applied(503, "it reached the log too late"),
             // Not recorded with the key, so an earlier attempt may still be applied later.
-            (Outcome::Refused(Refusal::KeyTableFull), Some(why)) => unknown(why),
+            (Outcome::Refused(Refusal::KeyTableFull), Some(why)) => unknown(why, "no more keys could be remembered"),
             _ => Step::Finish(Verdict::Outcome(outcome, sent_to)),
         }
     }
@@ -199,7 +199,7 @@ impl Life {
     /// command may be stamped anew, once.
     fn expired(&mut self, at_leader_ms: u64, leader: Leader) -> Step {
         match &self.unknown {
-            Some(why) => unknown(why),
+            Some(why) => unknown(why, "log time was past the end of its time"),
             None if self.restamped => not_applied(503, "log time runs ahead of this node"),
             None => {
                 self.restamped = true;
@@ -255,7 +255,7 @@ impl Life {
     fn give_up(&mut self, why: &str) -> Step {
         self.note_unknown(why);
         if let Some(reason) = &self.unknown {
-            return unknown(reason);
+            return unknown(reason, why);
         }
         match self.refused.take() {
             Some((status, reason)) => not_applied(status, &reason),
@@ -264,8 +264,10 @@ impl Life {
     }
 }
 
-fn unknown(why: &str) -> Step {
-    Step::Finish(Verdict::Unknown { why: why.to_owned() })
+/// `first`: why an attempt has no outcome. `last`: why there is no further one.
+fn unknown(first: &str, last: &str) -> Step {
+    let why = if first == last { first.to_owned() } else { format!("{first}; then {last}") };
+    Step::Finish(Verdict::Unknown { why })
 }
 
 fn not_applied(status: u16, why: &str) -> Step {

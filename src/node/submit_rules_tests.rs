@@ -109,7 +109,8 @@ fn a_leader_change_during_an_attempt_sends_the_same_key_to_the_new_one_and_notes
     let mut life = Life::new(1_000, 10_000);
     life.next(Event::Go, L1, 1_000);
     assert_eq!(life.next(Event::LeaderChanged, NONE, 1_500), Step::Wait);
-    assert!(is_unknown(&life.next(Event::Deadline, NONE, 11_000)));
+    let Step::Finish(Verdict::Unknown { why }) = life.next(Event::Deadline, NONE, 11_000) else { panic!() };
+    assert_eq!(why, "the leader changed before it answered; then the deadline passed before an answer came");
 }
 
 #[test]

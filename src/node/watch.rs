@@ -74,7 +74,7 @@ pub async fn watch_cluster(shared: Arc<Shared>, is_outsider: bool) {
     }
 }
 
-/// Marks the disk as failed the moment the log or the tree latches, and ends Raft, which hears only of
+/// Marks the disk as failed the moment the log, the tree or the memory of the others' boots latches, and ends Raft, which hears only of
 /// what it waits for. A log that latches while it marks what is durable, or a tree that latches in a
 /// flush, would leave a leader that may propose nothing and whose heartbeats keep the others from
 /// electing one: the cluster would have no leader for as long as this process lives.
@@ -93,6 +93,7 @@ pub async fn watch_disk(shared: Arc<Shared>) {
         tokio::select! {
             why = log_failed => why,
             error = core.state.wait_failed() => error.to_string(),
+            why = shared.boots.wait_failed() => why,
         }
     };
     if let Some(why) = shared.core_stop.run_until_cancelled(failed).await {

@@ -8,7 +8,10 @@
 
 use std::{collections::VecDeque, io, sync::Arc, thread, time::Duration};
 
-use stemedb_raft::{clock, io_times::IoInFlight};
+use stemedb_raft::{
+    clock,
+    io_times::{IoInFlight, Waits},
+};
 
 use super::{disk::DiskState, process::Process};
 use crate::config::ClusterSection;
@@ -18,6 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Two looks further apart than this mean that the process did not run: it was stopped, or its machine was. That time
 /// says nothing about the disk.
 const PAUSED_MS: u64 = 200;
+/// How many times as long as anything else the next row of a scan may take: several million deleted rows.
+const SCANS_MAY_TAKE: u64 = 4;
 /// Pauses that are remembered. More of them within one operation only count as waiting.
 const PAUSES_MAX: usize = 64;
 
@@ -88,7 +93,11 @@ impl Watchdog {
     /// Milliseconds after which an operation stalls the node, and after which it fences it. What nobody waits for yet
     /// may take long on a healthy disk.
     fn limits_ms(&self, io: &IoInFlight) -> (u64, u64) {
-        if io.background { (self.fence_ms, self.fence_ms.saturating_mul(2)) } else { (self.handoff_ms, self.fence_ms) }
+        match io.waits {
+            Waits::Somebody => (self.handoff_ms, self.fence_ms),
+            Waits::AScan => (self.handoff_ms.saturating_mul(SCANS_MAY_TAKE).min(self.fence_ms), self.fence_ms),
+            Waits::Nobody => (self.fence_ms, self.fence_ms.saturating_mul(2)),
+        }
     }
 
     /// What to do, given everything that is under way at `now_ms`.
@@ -182,8 +191,8 @@ fn show(process: &Process, shown: &mut DiskState) {
 mod tests {
     use super::*;
 
-    fn io(since_ms: u64, background: bool) -> IoInFlight {
-        IoInFlight { operation: "sync", file: "segment.001.wal".into(), since_ms, background }
+    fn io(since_ms: u64, waits: Waits) -> IoInFlight {
+        IoInFlight { operation: "sync", file: "segment.001.wal".into(), since_ms, waits }
     }
 
     /// Looks every 10 ms over that time; what was said, and when.
@@ -199,38 +208,40 @@ mod tests {
     #[test]
     fn a_sync_that_hangs_stalls_then_fences_and_its_end_ends_the_process() {
         let mut dog = watchdog();
-        let said = look(&mut dog, &[io(1_000, false)], 1_000, 60_000);
+        let said = look(&mut dog, &[io(1_000, Waits::Somebody)], 1_000, 60_000);
         let stalled = "sync segment.001.wal has not returned for 500 ms".to_owned();
         let fenced = "sync segment.001.wal has not returned for 10000 ms".to_owned();
         assert_eq!(said, [(1_500, Act::Stall(stalled)), (11_000, Act::Fence(fenced))]);
         assert_eq!(look(&mut dog, &[], 60_000, 60_500), [(60_000, Act::FenceOver)]);
-        assert_eq!(look(&mut dog, &[io(60_500, false)], 60_500, 90_000), [], "nothing comes after the end");
+        assert_eq!(look(&mut dog, &[io(60_500, Waits::Somebody)], 60_500, 90_000), [], "nothing comes after the end");
     }
 
     #[test]
     fn a_stall_that_ends_before_the_fence_is_over_and_may_come_back() {
         let mut dog = watchdog();
-        assert!(matches!(look(&mut dog, &[io(10, false)], 10, 700)[..], [(510, Act::Stall(_))]));
-        let another = look(&mut dog, &[io(700, false)], 700, 1_300);
+        assert!(matches!(look(&mut dog, &[io(10, Waits::Somebody)], 10, 700)[..], [(510, Act::Stall(_))]));
+        let another = look(&mut dog, &[io(700, Waits::Somebody)], 700, 1_300);
         assert!(matches!(another[..], [(700, Act::Resume), (1_200, Act::Stall(_))]), "{another:?}");
         assert_eq!(look(&mut dog, &[], 1_300, 2_000), [(1_300, Act::Resume)]);
     }
 
     #[test]
     fn what_nobody_waits_for_may_take_longer_and_not_for_ever() {
-        let said = look(&mut watchdog(), &[io(10, true)], 10, 60_000);
+        let said = look(&mut watchdog(), &[io(10, Waits::Nobody)], 10, 60_000);
         assert!(matches!(said[..], [(10_010, Act::Stall(_)), (20_010, Act::Fence(_))]), "{said:?}");
+        let said = look(&mut watchdog(), &[io(10, Waits::AScan)], 10, 60_000);
+        assert!(matches!(said[..], [(2_010, Act::Stall(_)), (10_010, Act::Fence(_))]), "{said:?}");
     }
 
     #[test]
     fn a_process_that_was_stopped_for_a_minute_has_no_disk_that_hangs() {
         let mut dog = watchdog();
-        assert_eq!(look(&mut dog, &[io(100, false)], 100, 400), []);
+        assert_eq!(look(&mut dog, &[io(100, Waits::Somebody)], 100, 400), []);
         // Stopped with its sync under way, and before that has returned it is looked at again.
-        let said = look(&mut dog, &[io(100, false)], 60_000, 60_150);
+        let said = look(&mut dog, &[io(100, Waits::Somebody)], 60_000, 60_150);
         assert_eq!(said, []);
         // What does not return then hangs after all.
-        let said = look(&mut dog, &[io(100, false)], 60_150, 80_000);
+        let said = look(&mut dog, &[io(100, Waits::Somebody)], 60_150, 80_000);
         assert!(matches!(said[..], [(60_210, Act::Stall(_)), (69_710, Act::Fence(_))]), "{said:?}");
     }
 }

@@ -18,9 +18,10 @@ use super::command::{
     Command, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, MemberCommand, Operation, Outcome, RebuildCommand,
     Refusal,
 };
-use super::engine::{EngineError, StateRead, WriteBatch};
+use super::engine::{AppliedState, EngineError, StateRead, WriteBatch};
 use super::key_table::{KeyTable, Known};
 use super::keys;
+use super::level::{self, LEVEL_BALANCER_KEYS, RaiseLevel};
 use super::members::MemberBook;
 use super::permits::{Book, Change};
 use super::record::Counters;
@@ -48,16 +49,34 @@ pub struct KeyLimits {
     /// deadline. A command that may be sent again for longer says so in its `resend_until_ms`, and
     /// its key is kept for twice as long as that.
     pub short_key_ms: u64,
+    /// How long the key of a load balancer is kept past the command's `resend_until_ms`, in milliseconds of log time,
+    /// from `LEVEL_BALANCER_KEYS` on. With B the longest time from the first attempt of a request until the last one
+    /// begins, and W a request deadline: the first attempt was taken at t, so its command says t + W; the last one is taken
+    /// by t + B and may be applied until t + B + W. So B suffices, and a margin for estimates of log time that differ. B is
+    /// 30 s with the files of `deploy/`: what Envoy gives a request in all (nginx begins nothing after 5 s).
+    pub balancer_ms: u64,
     /// How long a client's key is kept, in milliseconds of log time.
     pub client_key_ms: u64,
     /// Most short-lived keys held at once, in memory on every node: `short_key_ms` at 50,000 writes
-    /// a second. At the bound new writes get 429.
+    /// a second. At the bound new writes get 429. From `LEVEL_BALANCER_KEYS` on twice as many: 44,000
+    /// writes a second through balancers.
     pub short_keys_max: usize,
+}
+
+impl KeyLimits {
+    fn short_keys_max_at(&self, feature_level: u32) -> usize {
+        if feature_level < LEVEL_BALANCER_KEYS { self.short_keys_max } else { self.short_keys_max.saturating_mul(2) }
+    }
 }
 
 impl Default for KeyLimits {
     fn default() -> Self {
-        KeyLimits { short_key_ms: 20_000, client_key_ms: 15 * 60 * 1000, short_keys_max: 1_000_000 }
+        KeyLimits {
+            short_key_ms: 20_000,
+            balancer_ms: 35_000,
+            client_key_ms: 15 * 60 * 1000,
+            short_keys_max: 1_000_000,
+        }
     }
 }
 
@@ -84,6 +103,7 @@ struct Progress {
 pub struct Applier {
     progress: Progress,
     log_time_ms: u64,
+    feature_level: u32,
     /// Of the entry at hand.
     log_index: u64,
     keys: KeyTable,
@@ -93,23 +113,20 @@ pub struct Applier {
 }
 
 impl Applier {
-    /// The applier that goes on where the tree behind `read` stands. `applied_fact_index` and
-    /// `log_time_ms` are those saved with it. Reads the rows written by [`Applier::save_keys`].
-    pub fn restore(
-        read: &dyn StateRead,
-        applied_fact_index: u64,
-        log_time_ms: u64,
-        limits: KeyLimits,
-    ) -> Result<Self, EngineError> {
+    /// The applier that goes on where the tree behind `read` stands; `applied` is what was saved with it. Reads the
+    /// rows written by [`Applier::save_keys`].
+    pub fn restore(read: &dyn StateRead, applied: &AppliedState, limits: KeyLimits) -> Result<Self, EngineError> {
+        let &AppliedState { fact_index, log_time_ms, feature_level, .. } = applied;
         let counters = match read.get(keys::COUNTERS)? {
             Some(row) => Counters::decode(&row)?,
             None => Counters::default(),
         };
         Ok(Applier {
-            progress: Progress { fact_index: applied_fact_index, counters },
+            progress: Progress { fact_index, counters },
             log_time_ms,
+            feature_level,
             log_index: 0,
-            keys: KeyTable::restore(read, limits.short_key_ms, limits.short_keys_max, log_time_ms)?,
+            keys: KeyTable::restore(read, limits.short_key_ms, limits.short_keys_max_at(feature_level), log_time_ms)?,
             client_keys: ClientKeys::default(),
             epochs_known: HashSet::new(),
             limits,
@@ -184,6 +201,9 @@ impl Applier {
         if let Operation::Members(command) = &command.op {
             return self.members(entry, command);
         }
+        if let Operation::Level(command) = &command.op {
+            return self.raise(entry, *command);
+        }
         let mut facts = Facts {
             entry,
             epochs_known: &mut self.epochs_known,
@@ -224,6 +244,27 @@ impl Applier {
         Ok(Outcome::Member(Box::new(intent)))
     }
 
+    /// Nor this. The leader has asked every member whether it knows the level. A node that is on its way in was not asked,
+    /// so the level waits for its end.
+    fn raise(&mut self, entry: &mut Overlay<'_>, command: RaiseLevel) -> Result<Outcome, ApplyError> {
+        if let Some(why) = level::unknown(command.level) {
+            let error = std::io::Error::new(std::io::ErrorKind::Unsupported, why);
+            return Err(ApplyError::Local(EngineError::io("apply", error)));
+        }
+        let permits = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
+        if let Some(held) = permits.permit.filter(|held| self.log_time_ms < held.expires_at_ms()) {
+            let expires_in_s = held.left_s(self.log_time_ms);
+            return Err(ApplyError::Rejected(Refusal::RebuildHeld { by: held.name, expires_in_s }));
+        }
+        if let Some(intent) = MemberBook::decode(entry.get(keys::MEMBERS)?.as_deref())?.current {
+            let kind = intent.change.word().to_owned();
+            return Err(ApplyError::Rejected(Refusal::MembersBusy { job: intent.job, kind, name: intent.name }));
+        }
+        self.feature_level = self.feature_level.max(command.level);
+        self.keys.set_keys_max(self.limits.short_keys_max_at(self.feature_level));
+        Ok(Outcome::Applied(Vec::new()))
+    }
+
     fn known(&self, entry: &Overlay<'_>, command: &Command) -> Result<Option<Known>, EngineError> {
         match command.key.source {
             KeySource::Client => self.client_keys.get(entry.base(), command.key.id, command.body_hash),
@@ -238,10 +279,14 @@ impl Applier {
                 let expires_ms = expires_ms.max(command.resend_until_ms);
                 self.client_keys.insert(entry, command, outcome, expires_ms)
             }
-            KeySource::Balancer | KeySource::Node => self
-                .keys
-                .insert(command.key, command.body_hash, outcome, self.log_time_ms, command.resend_until_ms)
-                .map_err(encode_error),
+            source @ (KeySource::Balancer | KeySource::Node) => {
+                let longer = source == KeySource::Balancer && self.feature_level >= LEVEL_BALANCER_KEYS;
+                let until_ms = longer.then(|| command.resend_until_ms.saturating_add(self.limits.balancer_ms));
+                let resend_until_ms = command.resend_until_ms;
+                self.keys
+                    .insert(command.key, command.body_hash, outcome, self.log_time_ms, resend_until_ms, until_ms)
+                    .map_err(encode_error)
+            }
         }
     }
 
@@ -259,6 +304,11 @@ impl Applier {
     /// Log time, in milliseconds; never goes back.
     pub fn log_time_ms(&self) -> u64 {
         self.log_time_ms
+    }
+
+    /// The feature level that the cluster has reached.
+    pub fn feature_level(&self) -> u32 {
+        self.feature_level
     }
 
     /// Assertions ever stored.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use stemedb_raft::codec::{self, CodecError};
 use uuid::Uuid;
 
+use super::level::RaiseLevel;
 use super::members::{End, Intent};
 use super::permits::Permit;
 use crate::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
@@ -88,6 +89,8 @@ pub enum Operation {
     Rebuild(RebuildCommand),
     /// Who is to become a member or to leave. Never taken from clients: the leader makes these.
     Members(MemberCommand),
+    /// The cluster goes up to a feature level. Never taken from clients: the leader makes it.
+    Level(RaiseLevel),
 }
 
 /// A change to the permit to rebuild; the rules are in `permits`.

@@ -37,6 +37,7 @@ use bytes::Bytes;
 
 pub use applied::AppliedState;
 pub use damage::TreeDamage;
+pub(crate) use error::synced;
 pub use error::{EngineError, ErrorClass};
 pub use latch::POINTS;
 pub use snapshot::Snapshot;

@@ -1,7 +1,8 @@
 //! The short-lived keys: those that balancers and nodes chose, in memory.
 //!
-//! Every command leaves one for twice the request deadline, so a million of them must be cheap: a
-//! queue of 56-byte slots in the order of expiry, and a hash table of 4-byte positions in it. A slot
+//! Every command leaves one for twice the request deadline or longer, so a million of them must be cheap: a
+//! queue of 56-byte slots in the order of arrival, and a hash table of 4-byte positions in it. That is nearly the order
+//! of expiry: what is kept for longer holds back what came after it, until it goes itself. A slot
 //! carries the outcome of a single fact; other outcomes (batches, refusals) lie beside it, packed.
 //! Keys are never evicted early: past the bound nothing new is taken. Apply alone calls this, so
 //! that every node holds the same keys; `save` writes them into the tree for restarts and checkpoints.
@@ -20,8 +21,8 @@ pub mod saved;
 #[cfg(test)]
 mod tests;
 
-/// Most bytes of outcomes that do not fit into slots: with it the table stays below 110 MB even
-/// when a million slots meet nothing but batches.
+/// Most bytes of outcomes that do not fit into slots: with it the table stays below 110 MB for each
+/// million of keys, even when they come from nothing but batches.
 pub const PACKED_BYTES_MAX: usize = 32 * 1024 * 1024;
 /// What a packed outcome costs beside its bytes: the map's entry and the allocation.
 const PACKED_OVERHEAD_BYTES: usize = 64;
@@ -98,7 +99,7 @@ pub enum Known {
 
 /// The table. See the module's story.
 pub struct KeyTable {
-    /// In the order of arrival, which is that of expiry.
+    /// In the order of arrival.
     slots: VecDeque<Slot>,
     /// Number of the first slot; counts up for ever.
     first: u64,
@@ -142,6 +143,11 @@ impl KeyTable {
         self.len() == 0
     }
 
+    /// Changes the bound on keys; what is held stays.
+    pub fn set_keys_max(&mut self, keys_max: usize) {
+        self.keys_max = keys_max;
+    }
+
     /// Nothing more fits.
     pub fn is_full(&self) -> bool {
         self.len() >= self.keys_max || self.packed_bytes >= PACKED_BYTES_MAX
@@ -167,7 +173,8 @@ impl KeyTable {
         }
     }
 
-    /// Remembers the first outcome of `key`, which must not be held yet, at log time `now_ms`.
+    /// Remembers the first outcome of `key`, which must not be held yet, at log time `now_ms`: for the table's usual
+    /// time, or until `until_ms` at least.
     pub fn insert(
         &mut self,
         key: CommandKey,
@@ -175,9 +182,11 @@ impl KeyTable {
         outcome: &Outcome,
         now_ms: u64,
         resend_until_ms: u64,
+        until_ms: Option<u64>,
     ) -> Result<(), CodecError> {
         let body = fold_body(&key, body_hash);
         let usual_ms = now_ms.saturating_add(self.keep_ms);
+        let usual_ms = until_ms.map_or(usual_ms, |until_ms| until_ms.max(usual_ms));
         if resend_until_ms > usual_ms {
             let outcome = pack(outcome)?;
             self.packed_bytes += outcome.len() + PACKED_OVERHEAD_BYTES;

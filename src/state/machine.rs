@@ -66,6 +66,8 @@ pub trait EntryApplier: Send + Sync + 'static {
     fn fact_index(&self) -> u64;
     /// Log time, milliseconds.
     fn log_time_ms(&self) -> u64;
+    /// The feature level that the cluster has reached.
+    fn feature_level(&self) -> u32;
 }
 
 /// Makes the applier for a tree that was just opened: from its rows and its applied state.
@@ -89,6 +91,8 @@ pub struct PublishedState {
     pub fact_index: u64,
     /// Log time of the last published entry, milliseconds.
     pub log_time_ms: u64,
+    /// The feature level that the cluster had reached with that entry.
+    pub feature_level: u32,
     /// When it was published, by this node's monotonic clock, milliseconds.
     pub at_monotonic_ms: u64,
 }
@@ -264,6 +268,7 @@ impl<A: EntryApplier> StateMachine<A> {
             applied_log_index: self.applied.log_index(),
             fact_index: self.applied.fact_index,
             log_time_ms: self.applied.log_time_ms,
+            feature_level: self.applied.feature_level,
             at_monotonic_ms: clock::monotonic_ms(),
         };
         let view = PublishedView { state, snapshot: self.engine.snapshot() };
@@ -313,21 +318,24 @@ impl<A: EntryApplier> StateMachine<A> {
         self.engine.write(&batch).map_err(io::Error::other)?;
         self.applied.fact_index = self.applier.fact_index();
         self.applied.log_time_ms = self.applier.log_time_ms();
+        self.applied.feature_level = self.applier.feature_level();
         Ok(outcome)
     }
 
     /// Applies one entry; its answer, if somebody waits for it, joins `answers`. True when the
-    /// memtable was full and has been sealed behind it.
+    /// memtable has been sealed behind it.
     fn apply_item(&mut self, item: EntryResponder<TypeConfig>, answers: &mut Vec<Answer>) -> Result<bool, io::Error> {
         let (entry, responder) = item;
+        let level_before = self.applied.feature_level;
         let outcome = self.apply_entry(entry)?;
         answers.extend(responder.map(|responder| (responder, outcome)));
-        self.rotate_if_full()
+        // A program that knows less must find the level in the tree, and not by stumbling over the log behind it.
+        self.rotate_if(self.engine.wants_rotation() || self.applied.feature_level != level_before)
     }
 
-    /// Seals the memtable when it is full. Between entries only.
-    fn rotate_if_full(&mut self) -> Result<bool, io::Error> {
-        if !self.engine.wants_rotation() {
+    /// Seals the memtable. Between entries only.
+    fn rotate_if(&mut self, wanted: bool) -> Result<bool, io::Error> {
+        if !wanted {
             return Ok(false);
         }
         let keys = self.applier.save_keys().map_err(io::Error::other)?;

@@ -4,6 +4,7 @@ pub mod command;
 pub mod engine;
 pub mod key_table;
 pub mod keys;
+pub mod level;
 pub mod machine;
 pub mod members;
 pub mod outcome_record;

@@ -12,7 +12,7 @@ use crate::state::apply::{Applier, KeyLimits};
 use crate::state::command::{
     Command, CommandKey, CommandOutcome, ENTRY_FORMAT, EntryBody, KeySource, Operation, Outcome, Receipt, Refusal,
 };
-use crate::state::engine::{EngineError, Row, StateRead, WriteBatch};
+use crate::state::engine::{AppliedState, EngineError, Row, StateRead, WriteBatch};
 
 /// Rows in a map.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -58,7 +58,7 @@ pub(crate) fn uuid(number: u64) -> Uuid {
 }
 
 pub(crate) fn limits() -> KeyLimits {
-    KeyLimits { short_key_ms: 20_000, client_key_ms: 900_000, short_keys_max: 100_000 }
+    KeyLimits { short_key_ms: 20_000, balancer_ms: 35_000, client_key_ms: 900_000, short_keys_max: 100_000 }
 }
 
 /// An applier with its tree.
@@ -75,7 +75,8 @@ impl Machine {
     }
     pub fn with_limits(limits: KeyLimits) -> Self {
         let tree = MapRead::default();
-        let applier = Applier::restore(&tree, 0, START_MS, limits).unwrap();
+        let applied = AppliedState { log_time_ms: START_MS, ..AppliedState::default() };
+        let applier = Applier::restore(&tree, &applied, limits).unwrap();
         Machine { tree, applier, now_ms: START_MS, next: 0 }
     }
     pub fn id(&mut self) -> Uuid {

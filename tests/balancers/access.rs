@@ -50,11 +50,20 @@ async fn raw(behind: &Behind, method: &str, target: &str) -> String {
         let text =
             format!("{method} {target} HTTP/1.1\r\nHost: stemedb\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
         stream.write_all(text.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
+        let mut answer = Vec::new();
+        // Envoy leaves the end of the connection to the client for a second.
+        while !is_whole(&answer) && stream.read_buf(&mut answer).await.unwrap() > 0 {}
+        String::from_utf8(answer).unwrap()
     };
     tokio::time::timeout(HANG, asked).await.unwrap_or_else(|_| panic!("no answer to {target}"))
+}
+
+/// Whether an answer is there with all the bytes that it announces.
+fn is_whole(answer: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(answer).to_ascii_lowercase();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let announced = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+    announced.is_some_and(|bytes| body.len() >= bytes.parse().unwrap())
 }
 
 pub async fn is_closed(behind: &Behind) {
@@ -91,18 +100,4 @@ async fn is_refused_above_the_root(behind: &Behind) {
     let answer = raw(behind, "GET", "/x/../../v1/admin/cluster").await;
     let expected = if behind.balancer.kind() == Kind::Nginx { "HTTP/1.1 400 " } else { "HTTP/1.1 403 " };
     assert!(answer.starts_with(expected), "{answer}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nginx_passes_all_kinds_of_requests_and_keeps_the_rest_closed() {
-    let Some(behind) = Behind::start(Kind::Nginx).await else { return };
-    is_closed(&behind).await;
-    super::requests::are_served(behind).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn envoy_passes_all_kinds_of_requests_and_keeps_the_rest_closed() {
-    let Some(behind) = Behind::start(Kind::Envoy).await else { return };
-    is_closed(&behind).await;
-    super::requests::are_served(behind).await;
 }

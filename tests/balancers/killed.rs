@@ -5,7 +5,6 @@ use std::os::unix::process::ExitStatusExt;
 
 use rustix::process::Signal;
 use stemedb::{
-    cli::balancer::Kind,
     fail_points,
     judge::{History, WriteAttempt, WriteOutcome},
 };
@@ -20,42 +19,34 @@ fn replayed(history: &History) -> usize {
     history.writes.iter().filter(known).count()
 }
 
-async fn kill(kind: Kind) {
-    let Some(mut behind) = Behind::start(kind).await else { return };
-    let clients = Clients::start(&behind, CLIENTS);
-    clients.have_done(&behind, 200).await;
+pub async fn costs_no_request_and_doubles_none(behind: &mut Behind) {
+    let clients = Clients::start(behind, CLIENTS);
+    clients.have_done(behind, 200).await;
     let leader = behind.leader().await;
     behind.processes.kill(leader).await.unwrap();
-    clients.have_done(&behind, 200).await;
+    clients.have_done(behind, 200).await;
     behind.processes.start(leader).unwrap();
     behind.processes.wait_ready(HANG).await.unwrap();
     for point in fail_points::ANSWERS {
-        clients.have_done(&behind, 100).await;
+        clients.have_done(behind, 100).await;
         let leader = behind.leader().await;
         behind.arm(leader, point);
         let ended = tokio::time::timeout(HANG, behind.processes.child_ended()).await;
         let ended = ended.unwrap_or_else(|_| panic!("{point}: it goes on\n{}", behind.node_log(leader))).unwrap();
         assert_eq!((ended.node, ended.status.signal()), (leader, Some(Signal::ABORT.as_raw())), "{point}");
-        clients.have_done(&behind, 200).await;
+        clients.have_done(behind, 200).await;
         behind.disarm(leader);
         behind.processes.start(leader).unwrap();
         behind.processes.wait_ready(HANG).await.unwrap();
     }
-    clients.have_done(&behind, 100).await;
-    let history = clients.finish(&behind).await;
+    clients.have_done(behind, 100).await;
+    let history = clients.finish(behind).await;
     // It cannot pass by doing nothing: a write that was committed and not answered was sent a second time.
     let replayed = replayed(&history);
     assert!(replayed > 0, "no write was sent twice");
-    println!("{}: {} writes, none failed, none twice; {replayed} sent twice", kind.name(), history.writes.len());
-    behind.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leaders_that_die_behind_nginx_cost_no_request_and_double_none() {
-    kill(Kind::Nginx).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leaders_that_die_behind_envoy_cost_no_request_and_double_none() {
-    kill(Kind::Envoy).await;
+    println!(
+        "{}: {} writes, none failed, none twice; {replayed} sent twice",
+        behind.balancer.kind().name(),
+        history.writes.len()
+    );
 }

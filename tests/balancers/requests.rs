@@ -28,14 +28,17 @@ async fn found(behind: &Behind, path: &str) -> Answer {
     answer
 }
 
-pub async fn are_served(mut behind: Behind) {
-    each_kind(&behind).await;
-    keys(&behind).await;
-    bodies(&behind).await;
+pub async fn are_served(behind: &Behind) {
+    each_kind(behind).await;
+    keys(behind).await;
+    bodies(behind).await;
     if behind.balancer.kind() == Kind::Envoy {
-        go_straight_to_the_leader(&behind).await;
+        go_straight_to_the_leader(behind).await;
     }
-    // Nobody is left to answer: that is said in the form of the API, and what became of a write is left open.
+}
+
+/// Nobody is left to answer: that is said in the form of the API, and what became of a write is left open.
+pub async fn without_nodes(behind: &mut Behind) {
     for i in 0..3 {
         behind.processes.kill(i).await.unwrap();
     }
@@ -45,7 +48,6 @@ pub async fn are_served(mut behind: Behind) {
     assert_eq!(answer.header("content-type"), Some("application/problem+json"));
     assert_eq!((problem.kind.as_str(), problem.outcome.as_deref()), ("/problems/outcome-unknown", Some("unknown")));
     assert_eq!(answer.header("retry-after"), Some("1"));
-    behind.stop().await;
 }
 
 async fn each_kind(behind: &Behind) {

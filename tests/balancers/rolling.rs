@@ -2,17 +2,17 @@
 
 use std::time::Duration;
 
-use stemedb::{cli::balancer::Kind, judge::summarize_gaps};
+use stemedb::judge::summarize_gaps;
 
 use super::support::{Behind, Clients, HANG};
 
 const CLIENTS: u32 = 16;
-const REQUESTS: u64 = 2_000;
+/// The drill counts more, see `stemedb drill --kind drain`.
+const REQUESTS: u64 = 1_000;
 
-async fn roll(kind: Kind) {
-    let Some(mut behind) = Behind::start(kind).await else { return };
-    let clients = Clients::start(&behind, CLIENTS);
-    clients.have_done(&behind, 200).await;
+pub async fn costs_no_request(behind: &mut Behind) {
+    let clients = Clients::start(behind, CLIENTS);
+    clients.have_done(behind, 200).await;
     // The leader first, and whoever leads then next: leadership moves each time.
     let mut waiting = vec![0, 1, 2];
     let mut transfers = 0;
@@ -26,30 +26,19 @@ async fn roll(kind: Kind) {
         behind.processes.start(node).unwrap();
         behind.processes.wait_ready(HANG).await.unwrap();
         behind.order("undrain", node).await;
-        clients.have_done(&behind, 100).await;
+        clients.have_done(behind, 100).await;
     }
     assert!(transfers >= 2, "leadership moved {transfers} times");
     while clients.operations() < REQUESTS {
-        clients.have_done(&behind, 1).await;
+        clients.have_done(behind, 1).await;
     }
-    let history = clients.finish(&behind).await;
+    let history = clients.finish(behind).await;
     let gaps = summarize_gaps(&history.acknowledged_us());
     let longest = Duration::from_micros(gaps.longest_us);
     println!(
         "{}: {} writes, {} reads, {transfers} transfers, none failed; longest gap {longest:?}",
-        kind.name(),
+        behind.balancer.kind().name(),
         history.writes.len(),
         history.reads.len()
     );
-    behind.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rolling_restart_behind_nginx_costs_no_request() {
-    roll(Kind::Nginx).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rolling_restart_behind_envoy_costs_no_request() {
-    roll(Kind::Envoy).await;
 }

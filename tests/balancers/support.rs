@@ -4,7 +4,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU16, Ordering},
+        atomic::{AtomicU16, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -31,6 +31,8 @@ pub const HANG: Duration = Duration::from_secs(120);
 
 /// Below the blocks that `free_port` looks through, one for each cluster of this process.
 static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
+
+static NEXT_SEED: AtomicU64 = AtomicU64::new(0);
 
 /// Three nodes and a balancer are as much as two cores serve: one cluster at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -80,6 +82,11 @@ pub struct Behind {
 impl Behind {
     /// Three nodes that are ready, and the balancer before them; `None`, said on the way, where there is no such program.
     pub async fn start(kind: Kind) -> Option<Behind> {
+        Self::start_program(kind, Path::new(env!("CARGO_BIN_EXE_stemedb"))).await
+    }
+
+    /// The same with another program for the nodes.
+    pub async fn start_program(kind: Kind, nodes_run: &Path) -> Option<Behind> {
         let program = program(kind)?;
         let alone = alone().await;
         let dir = tempfile::tempdir().unwrap();
@@ -87,10 +94,10 @@ impl Behind {
         for node in &mut nodes {
             node.log = dir.path().join(format!("{}.log", node.name));
         }
-        let mut processes = LocalCluster::prepare_with(PathBuf::from(env!("CARGO_BIN_EXE_stemedb")), nodes).unwrap();
+        let mut processes = LocalCluster::prepare_with(nodes_run.to_owned(), nodes).unwrap();
         for (name, value) in [
-            // What a balancer must notice is noticed within the default time.
-            ("STEMEDB_CLUSTER_DRAIN_NOTICE_MS", "2000"),
+            // What a balancer must notice is noticed within half of the default time: four probes of Envoy's.
+            ("STEMEDB_CLUSTER_DRAIN_NOTICE_MS", "1000"),
             // Elections by overload are not what is tested here, nor are slow disks.
             ("STEMEDB_CLUSTER_HEARTBEAT_MS", "100"),
             ("STEMEDB_CLUSTER_ELECTION_MIN_MS", "600"),
@@ -204,9 +211,14 @@ impl Behind {
         std::fs::remove_file(self.dir.path().join(format!("fail-{i}"))).unwrap();
     }
 
+    /// Nothing is looked at any more: nobody has to be taken out of traffic first.
     pub async fn stop(mut self) {
         self.balancer.stop().await.unwrap();
-        self.processes.stop_all().await.unwrap();
+        for i in 0..3 {
+            if self.processes.pid(i).is_some() {
+                self.processes.kill(i).await.unwrap();
+            }
+        }
     }
 }
 
@@ -218,8 +230,10 @@ pub struct Clients {
 
 impl Clients {
     pub fn start(behind: &Behind, clients: u32) -> Clients {
+        // Another one for each load of a cluster, whose facts must not meet.
+        let seed = NEXT_SEED.fetch_add(1, Ordering::Relaxed);
         let balancer = Some(behind.balancer.endpoint().clone());
-        let load = Load::through(balancer, behind.endpoints(), 64, 7);
+        let load = Load::through(balancer, behind.endpoints(), 64, seed);
         let tasks = (0..clients).map(|n| tokio::spawn(drill_load::client(Arc::clone(&load), n))).collect();
         Clients { load, tasks }
     }

@@ -51,9 +51,13 @@ async fn without_a_target_whoever_lacks_least_takes_over_and_jobs_tell_of_it() {
     // Followers are well and not the leader, which Envoy hears with its probe.
     let now = cluster.leader().await;
     for i in 0..3 {
-        let ready = cluster.get(i, "/v1/health/ready").await;
-        assert!(ready.is_success());
-        assert_eq!(ready.header("x-envoy-degraded").is_some(), i != now, "node {i}");
+        for path in ["/v1/health/ready", "/v1/health", "/v1/health/live"] {
+            let probed = cluster.get(i, path).await;
+            assert!(probed.is_success());
+            assert_eq!(probed.header("x-envoy-degraded").is_some(), i != now, "node {i}, {path}");
+        }
+        // Who asks this wants to read from followers.
+        assert!(cluster.get(i, "/v1/health/replica").await.header("x-envoy-degraded").is_none(), "node {i}");
     }
     cluster.stop_all().await;
 }

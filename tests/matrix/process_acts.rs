@@ -3,17 +3,18 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use stemedb::cli::faulty_disk::wire::{Action, Failure, Held, Kind, Rule};
-use stemedb::cli::http_client::{Call, Client};
+use stemedb::cli::http_client::{Call, Client, Endpoint};
 use stemedb::cli::status::NodeHealth;
 use tokio::net::TcpStream;
 
 use super::load::{Running, until};
 use super::processes::Cluster;
-use super::table::{Act, Victim};
+use super::table::{Act, Part, Victim};
 use crate::rig;
 
 /// A memtable of the cells takes ten of these.
@@ -51,17 +52,68 @@ pub async fn act_out(
             until("the failure is known", async || cluster.says(i, has_failed).await).await;
             proxies(cluster, running, i).await
         }
-        Act::TreeFails => {
-            // Flushes before the one that fails: with them it falls on tables, manifest or checkpoint.
-            let spared = if victim == Victim::Leader { 0 } else { 3 };
-            let on = vec![Kind::Sync];
-            if spared > 0 {
-                let rule = Rule { on: on.clone(), ranges: vec![], action: Action::DelayMs(0), times: Some(spared) };
-                cluster.disks[i].add(rule).unwrap();
-            }
+        Act::TreeFails(point) => {
+            // Armed from outside, so that it strikes in the role that is wanted.
+            std::fs::write(cluster.fail_file(i), format!("{point} waits")).unwrap();
+            let waits = |cluster: &Cluster| log(cluster, i).contains("a test waits here");
+            fill(cluster, (i + 1) % 3, async |cluster| waits(cluster)).await;
             cluster.disks[i].fail_syncs(Failure::Eio, Some(1)).unwrap();
+            std::fs::remove_file(cluster.fail_file(i)).unwrap();
+            until("the failure is known", async || cluster.says(i, has_failed).await).await;
+            proxies(cluster, running, i).await
+        }
+        Act::BlockFails(part) => {
+            let file = segments(cluster, i).pop().ok_or("no segment")?;
+            let ranges = cluster.disks[i].ranges_of(&file).unwrap();
+            cluster.disks[i].fail_writes(part_of(&ranges, part), Failure::Eio, Some(1)).unwrap();
             fill(cluster, (i + 1) % 3, async |cluster| cluster.says(i, has_failed).await).await;
             proxies(cluster, running, i).await
+        }
+        Act::HangsFor(ms, times) => {
+            let mut moved = false;
+            for _ in 0..times {
+                let led = cluster.leader(None).await == i;
+                cluster.disks[i].hang().unwrap();
+                // The time is the fault.
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                cluster.disks[i].clear(Held::Done).unwrap();
+                until("its disk is well again", async || cluster.says(i, |h| h.disk.state == "ok").await).await;
+                running.more().await;
+                moved |= led && cluster.leader(None).await != i;
+            }
+            cluster.processes.wait_ready(rig::HANG).await.unwrap();
+            let how = if moved { "hands over, and goes on as a follower" } else { "goes on" };
+            Ok(how.to_owned())
+        }
+        Act::ReadsHang => {
+            let tables = tables_on_disk(cluster, i).await;
+            let ranges = tables.iter().flat_map(|file| cluster.disks[i].ranges_of(file).unwrap()).collect();
+            cluster.disks[i].add(Rule { on: vec![Kind::Read], ranges, action: Action::Hang, times: None }).unwrap();
+            let reading = tokio::spawn(read_filled(cluster.endpoints[i].clone()));
+            until("it stalls", async || cluster.says(i, |h| h.disk.state == "stalled").await).await;
+            let why = cluster.health(i).await.and_then(|health| health.disk.reason).unwrap_or_default();
+            if !why.starts_with("read kv/tables") {
+                return Err(format!("it stalls because of another operation: {why}"));
+            }
+            cluster.leader(Some(i)).await;
+            running.more().await;
+            cluster.disks[i].clear(Held::Done).unwrap();
+            until("its disk is well again", async || cluster.says(i, |h| h.disk.state == "ok").await).await;
+            cluster.processes.wait_ready(rig::HANG).await.unwrap();
+            reading.await.unwrap()?;
+            Ok("stalls, another leads, the read that hung is answered; goes on".to_owned())
+        }
+        Act::ReadsFail => {
+            let tables = tables_on_disk(cluster, i).await;
+            let ranges = tables.iter().flat_map(|file| cluster.disks[i].ranges_of(file).unwrap()).collect();
+            let fail = Action::Fail(Failure::Eio);
+            cluster.disks[i].add(Rule { on: vec![Kind::Read], ranges, action: fail, times: None }).unwrap();
+            read_filled(cluster.endpoints[i].clone()).await?;
+            let put_away = cluster.processes.plan()[i].dir.join("quarantine");
+            until("the damaged tree is put away", async || put_away.exists()).await;
+            cluster.processes.wait_ready(rig::HANG).await.unwrap();
+            running.more().await;
+            Ok("another node answers the read; the tree is replaced".to_owned())
         }
         Act::RestartAndEviction => restart_and_eviction(cluster, running, i).await,
         Act::Hang => hang(cluster, running, i).await,
@@ -90,7 +142,7 @@ pub async fn act_out(
             if ended.node != i || ended.status.code() != Some(EXIT_RAN_AND_FAILED) {
                 return Err(format!("node {} ended with {}", ended.node, ended.status));
             }
-            let log = std::fs::read_to_string(cluster.processes.plan()[i].log_file()).unwrap();
+            let log = log(cluster, i);
             let why = log.lines().rev().find_map(|line| line.split("cannot go on: ").nth(1));
             let why = why.ok_or("it ended without a reason")?.to_owned();
             std::fs::remove_file(cluster.fail_file(i)).unwrap();
@@ -158,6 +210,58 @@ async fn retract(cluster: &Cluster, through: usize) -> Result<(), String> {
     let call = Call::post("/v1/supersede", json!({"old": id}).to_string());
     let answer = client.call(&call, rig::HANG).await.map_err(|e| e.to_string())?;
     if answer.is_success() { Ok(()) } else { Err(format!("a retraction: {}", answer.describe())) }
+}
+
+/// What a node has printed.
+fn log(cluster: &Cluster, i: usize) -> String {
+    std::fs::read_to_string(cluster.processes.plan()[i].log_file()).unwrap_or_default()
+}
+
+/// Reads all that [`fill`] has written, through one node.
+async fn read_filled(node: Endpoint) -> Result<(), String> {
+    let mut client = Client::new(node);
+    let call = Call::get("/v1/query?concept_path=matrix/fill&limit=1000");
+    let answer = client.call(&call, rig::HANG).await.map_err(|e| e.to_string())?;
+    if answer.is_success() { Ok(()) } else { Err(format!("a read: {}", answer.describe())) }
+}
+
+/// Fills the node's tree until it has tables that nobody has read yet, and drops them from the page cache.
+async fn tables_on_disk(cluster: &Cluster, i: usize) -> Vec<PathBuf> {
+    let kv = cluster.processes.plan()[i].dir.join("kv");
+    let tables = || -> Vec<PathBuf> {
+        let trees = std::fs::read_dir(&kv).into_iter().flatten().flatten().map(|entry| entry.path().join("tables"));
+        trees.flat_map(|tables| std::fs::read_dir(tables).into_iter().flatten().flatten()).map(|e| e.path()).collect()
+    };
+    fill(cluster, (i + 1) % 3, async |_| tables().len() >= 2).await;
+    // Its newest may be in the making.
+    fill(cluster, (i + 1) % 3, async |_| tables().len() >= 3).await;
+    let found = tables();
+    for table in &found {
+        rig::evict(&std::fs::File::open(table).unwrap());
+    }
+    found
+}
+
+/// A part of a file that lies in these ranges of the disk.
+fn part_of(ranges: &[(u64, u64)], part: Part) -> Vec<(u64, u64)> {
+    const HEAD_BYTES: u64 = 64 << 10;
+    const TAIL_BYTES: u64 = 160 << 10;
+    let bytes: u64 = ranges.iter().map(|(from, to)| to - from).sum();
+    let (from, to) = match part {
+        Part::First => (0, HEAD_BYTES),
+        Part::Middle => (HEAD_BYTES, bytes - TAIL_BYTES),
+        Part::Last => (bytes - TAIL_BYTES, bytes),
+    };
+    let mut at = 0;
+    let mut found = Vec::new();
+    for (begin, end) in ranges {
+        let (first, last) = (from.max(at), to.min(at + end - begin));
+        if first < last {
+            found.push((begin + first - at, begin + last - at));
+        }
+        at += end - begin;
+    }
+    found
 }
 
 /// The files of a node's log.

@@ -47,7 +47,7 @@ async fn cluster(ground: Ground, act: Act) -> Option<Cluster> {
             small.push(SmallDisk::new(SMALL_BYTES, SMALL_INODES)?);
             node.dir = small.last().unwrap().path().to_owned();
         }
-        if act == Act::TreeFails {
+        if matches!(act, Act::TreeFails(_)) {
             // The log lies elsewhere: what fails on this disk is the tree.
             let elsewhere = dir.path().join(format!("log-of-{}", node.name));
             std::fs::create_dir(&elsewhere).unwrap();
@@ -72,16 +72,23 @@ async fn cluster(ground: Ground, act: Act) -> Option<Cluster> {
 /// The configuration of a node in these cells.
 fn tuned(text: &str, act: Act) -> String {
     // A node that has failed is looked at as such.
-    let rebuilds = !matches!(act, Act::ReadOnly | Act::TreeFails | Act::RestartAndEviction);
+    let looked_at = matches!(act, Act::ReadOnly | Act::TreeFails(_) | Act::BlockFails(_) | Act::RestartAndEviction);
+    let rebuilds = !looked_at;
     // A busy machine is not a hanging disk, except where one hangs.
-    let (handoff, fence) = if act == Act::Hang { (1_000, 4_000) } else { (60_000, 600_000) };
+    let (handoff, fence) = match act {
+        Act::Hang => (1_000, 4_000),
+        Act::HangsFor(..) | Act::ReadsHang => (500, 60_000),
+        _ => (60_000, 600_000),
+    };
     // Other tests run beside this one: elections by overload are not what is looked for.
     let cluster = format!(
         "\nheartbeat_ms = 100\nelection_min_ms = 600\nelection_max_ms = 1200\nrequest_deadline_ms = 30000\n\
          stall_handoff_ms = {handoff}\nstall_fence_ms = {fence}\nauto_rebuild = {rebuilds}\nbootstrap_expect"
     );
-    let storage = "\n[wal]\nsegment_size_mb = 1\n\n[storage]\nmemtable_mb = 1\n";
-    text.replacen("\nbootstrap_expect", &cluster, 1).replacen("\n[storage]\n", storage, 1).replacen(
+    // Where a checkpoint is waited for, it is due soon.
+    let retain = if matches!(act, Act::TreeFails(_)) { "retain_mb = 16\n" } else { "" };
+    let storage = format!("\n[wal]\nsegment_size_mb = 1\n{retain}\n[storage]\nmemtable_mb = 1\n");
+    text.replacen("\nbootstrap_expect", &cluster, 1).replacen("\n[storage]\n", &storage, 1).replacen(
         "ballast_mb = 16",
         "ballast_mb = 0",
         1,

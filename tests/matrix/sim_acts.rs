@@ -1,23 +1,27 @@
 //! What is done to the cells on simulated disks, and what is looked at.
 
 use std::cell::Cell;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use stemedb::cli::http_client::{Call, Client, Endpoint};
 use stemedb::node::Node;
-use stemedb::state::engine::checkpoint::MANIFEST;
+use stemedb::node::disk::DiskState;
 use stemedb::state::machine::newest_checkpoint;
 use stemedb_raft::disk::sim::{Kind, SimDisk, SyncFault};
 
+use super::harm::{bit_of_entry, inflict};
 use super::load::{Running, until};
 use super::sim::{Cluster, copy_folder};
 use super::table::{Act, Harm, Outcome, Victim};
 
 const EIO: i32 = 5;
+
+/// Of each sync of a node that lags.
+const LAGS_BY: Duration = Duration::from_millis(300);
 
 /// A dozen of these fill a segment of the cells.
 const FILL_BYTES: usize = 100_000;
@@ -93,9 +97,19 @@ async fn act_out(
                 fill(cluster, i, has_checkpoint).await;
             }
             down(cluster, running, i, async |_| ()).await;
-            inflict(cluster, i, harm, rng);
+            let sound = inflict(cluster, i, harm, rng);
             running.more().await;
-            back(cluster, running, i).await
+            match (back(cluster, running, i).await, sound) {
+                // A file that nothing replaces: the start names it, and works once it is put back.
+                (Err(why), Some((path, sound))) if why.contains(&path.display().to_string()) => {
+                    std::fs::remove_file(&path).unwrap();
+                    std::fs::rename(sound, &path).unwrap();
+                    back(cluster, running, i).await?;
+                    let name = path.file_name().unwrap().display();
+                    Ok(format!("does not start, and names `{name}`; with a good one it comes back with everything"))
+                }
+                (came, _) => came,
+            }
         }
         Act::WriteLandsElsewhere => {
             let places = cluster.durable_bytes(i);
@@ -135,6 +149,41 @@ async fn act_out(
             let how = if waited { "waited for the other one, and came back" } else { "comes back without it" };
             Ok(format!("{how}, with everything"))
         }
+        Act::DamageAndOneLagging => {
+            let other = (i + 1) % 3;
+            down(cluster, running, i, async |_| ()).await;
+            inflict(cluster, i, Harm::RandomBlock, rng);
+            cluster.disks[other].delay(Kind::Sync, "", LAGS_BY);
+            let came = back(cluster, running, i).await;
+            running.more().await;
+            cluster.disks[other].release();
+            came
+        }
+        Act::EachInAnotherEntry => {
+            for node in 0..3 {
+                running.load.set_up(node, false);
+                cluster.stop(node).await;
+                bit_of_entry(cluster, node, 3 + node * 2, rng);
+            }
+            for node in 0..3 {
+                begin(cluster, node).await?;
+            }
+            cluster.ready().await;
+            (0..3).for_each(|node| running.load.set_up(node, true));
+            Ok("all come back with everything".to_owned())
+        }
+        Act::Quota => {
+            cluster.disks[i].set_inodes_left(Some(0));
+            let is_full = |cluster: &Cluster| cluster.node(i).health().disk.state == DiskState::Full;
+            fill(cluster, (i + 1) % 3, is_full).await;
+            until("another leader", async || !cluster.node(i).is_leader_with_quorum()).await;
+            cluster.leader(Some(i)).await;
+            running.more().await;
+            cluster.disks[i].set_inodes_left(None);
+            until("it says that it has room", async || cluster.node(i).health().disk.state == DiskState::Ok).await;
+            Ok("says full, another leads, clears itself".to_owned())
+        }
+        Act::AllOldCopies => all_old_copies(cluster, running).await,
         Act::OldCopy => {
             down(cluster, running, i, async |_| ()).await;
             let (copy, disk) = (cluster.dir.path().join("old"), cluster.disks[i].fork());
@@ -154,6 +203,15 @@ async fn act_out(
             down(cluster, running, i, async |_| ()).await;
             wipe(cluster, i);
             back(cluster, running, i).await
+        }
+        Act::WipedAndOneLagging => {
+            let other = (i + 1) % 3;
+            down(cluster, running, i, async |_| ()).await;
+            wipe(cluster, i);
+            cluster.disks[other].delay(Kind::Sync, "", LAGS_BY);
+            let came = back(cluster, running, i).await;
+            cluster.disks[other].release();
+            came
         }
         Act::WipedAndOneDown => {
             let other = (i + 1) % 3;
@@ -182,6 +240,55 @@ async fn act_out(
             Ok(said)
         }
         other => Err(format!("{other:?} has no simulated ground")),
+    }
+}
+
+/// Each node is stopped, copied and started again, one after the other; then all get their copies back. Each of them but
+/// the last was seen by a later copy in a newer run. The real files bring everything back.
+async fn all_old_copies(cluster: &mut Cluster, running: &Running) -> Result<String, String> {
+    let of = |cluster: &Cluster, what: &str, i: usize| cluster.dir.path().join(format!("{what}-{i}"));
+    let mut disks = Vec::new();
+    for i in 0..3 {
+        down(cluster, running, i, async |_| ()).await;
+        copy_folder(&cluster.folder(i), &of(cluster, "old", i));
+        disks.push(cluster.disks[i].fork());
+        back(cluster, running, i).await?;
+        running.more().await;
+    }
+    for (i, disk) in disks.iter_mut().enumerate() {
+        running.load.set_up(i, false);
+        cluster.stop(i).await;
+        std::fs::rename(cluster.folder(i), of(cluster, "real", i)).unwrap();
+        std::fs::rename(of(cluster, "old", i), cluster.folder(i)).unwrap();
+        std::mem::swap(&mut cluster.disks[i], disk);
+    }
+    let mut refused = [true; 3];
+    for (i, refused) in refused.iter_mut().enumerate() {
+        // One whose peers are there already may be refused at once.
+        *refused = cluster.start(i).await.is_err();
+    }
+    let fatal = async |i: usize| match refused[i] {
+        true => true,
+        false => tokio::time::timeout(crate::rig::HANG, cluster.node(i).wait_fatal()).await.is_ok(),
+    };
+    let (first, second) = tokio::join!(fatal(0), fatal(1));
+    let serves = cluster.up().into_iter().any(|i| cluster.node(i).is_leader_with_quorum());
+    for (i, disk) in disks.iter_mut().enumerate() {
+        cluster.stop(i).await;
+        std::fs::remove_dir_all(cluster.folder(i)).unwrap();
+        std::fs::rename(of(cluster, "real", i), cluster.folder(i)).unwrap();
+        std::mem::swap(&mut cluster.disks[i], disk);
+    }
+    for i in 0..3 {
+        begin(cluster, i).await?;
+    }
+    cluster.ready().await;
+    (0..3).for_each(|i| running.load.set_up(i, true));
+    match (first, second, serves) {
+        (true, true, false) => {
+            Ok("two are refused, and the third leads nobody; the real files bring all back".to_owned())
+        }
+        other => Err(format!("refused, refused, serves: {other:?}")),
     }
 }
 
@@ -230,66 +337,6 @@ async fn fill(cluster: &Cluster, through: usize, condition: impl Fn(&Cluster) ->
 fn wipe(cluster: &mut Cluster, i: usize) {
     std::fs::remove_dir_all(cluster.folder(i)).unwrap();
     cluster.disks[i] = SimDisk::new();
-}
-
-/// Damages the files of a node that is down.
-fn inflict(cluster: &Cluster, i: usize, harm: Harm, rng: &mut StdRng) {
-    let segment = cluster.segment(i);
-    let places = cluster.durable_bytes(i);
-    let at = places[rng.random_range(0..places.len())];
-    let bit = 1 << rng.random_range(0..8);
-    let mut noise = vec![0u8; 512];
-    rng.fill(&mut noise[..]);
-    let disk = &cluster.disks[i];
-    let hard_state = |n: u32| cluster.wal(i).join(format!("hard-state.{n}"));
-    let flip_all = |bytes: &mut Vec<u8>| bytes.iter_mut().for_each(|byte| *byte ^= bit);
-    match harm {
-        Harm::RandomBlock => {
-            disk.corrupt(&segment, |bytes| bytes[at..at + noise.len()].copy_from_slice(&noise)).unwrap();
-        }
-        Harm::BitFlip => disk.corrupt(&segment, |bytes| bytes[at] ^= bit).unwrap(),
-        Harm::SegmentMissing => disk.shared().remove(&segment).unwrap(),
-        Harm::SegmentShort => disk.corrupt(&segment, |bytes| bytes.truncate(bytes.len() / 2)).unwrap(),
-        Harm::SegmentLong => disk.corrupt(&segment, |bytes| bytes.extend(&noise)).unwrap(),
-        Harm::SegmentUnreadable => disk.set_read_error(&segment, true).unwrap(),
-        Harm::BlocksUnreadable => disk.set_unreadable(&segment, at / 4096..at / 4096 + 2).unwrap(),
-        Harm::OneHardState => disk.corrupt(&hard_state(1 + rng.random_range(0..2)), flip_all).unwrap(),
-        Harm::BothHardStates => (1..=2).for_each(|n| disk.corrupt(&hard_state(n), flip_all).unwrap()),
-        Harm::IdentityMissing => {
-            for name in ["identity", "identity.spare"] {
-                let _there = std::fs::remove_file(cluster.folder(i).join(name));
-            }
-        }
-        Harm::TableBlock => overwrite_middle(&largest_table(&cluster.folder(i)), &noise),
-        // Its other name, in the checkpoint, stays.
-        Harm::TableMissing => std::fs::remove_file(largest_table(&cluster.folder(i))).unwrap(),
-        Harm::CheckpointBlock => {
-            let checkpoint = newest_checkpoint(&cluster.folder(i)).unwrap();
-            overwrite_middle(&checkpoint.dir().join(MANIFEST), &noise);
-        }
-    }
-}
-
-/// The folder of the tree that counts: the file `active` begins with its number.
-fn tree(kv: &Path) -> std::path::PathBuf {
-    let active = std::fs::read(kv.join("active")).unwrap();
-    let number = u64::from_le_bytes(active[..8].try_into().unwrap());
-    kv.join(format!("g{number}"))
-}
-
-fn largest_table(folder: &Path) -> std::path::PathBuf {
-    let files = std::fs::read_dir(tree(&folder.join("kv")).join("tables")).unwrap().map(|entry| entry.unwrap().path());
-    files.max_by_key(|path| path.metadata().unwrap().len()).expect("a table")
-}
-
-/// A hard link of the file elsewhere keeps its content: another name's damage is another row.
-fn overwrite_middle(path: &Path, noise: &[u8]) {
-    let mut bytes = std::fs::read(path).unwrap();
-    let at = bytes.len() / 2;
-    let end = (at + noise.len()).min(bytes.len());
-    bytes[at..end].copy_from_slice(&noise[..end - at]);
-    std::fs::remove_file(path).unwrap();
-    std::fs::write(path, bytes).unwrap();
 }
 
 /// Takes a node down after `before`, under load, and waits until the others have served without it.

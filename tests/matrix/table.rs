@@ -14,8 +14,11 @@ pub enum Act {
     FolderFails,
     /// The next sync of the hard state fails, in an election.
     VoteFails,
-    /// A sync of the tree fails; the log lies elsewhere. On the real kernel.
-    TreeFails,
+    /// The sync that follows this point fails: a table's, the manifest's, a checkpoint's. The log lies elsewhere. On the
+    /// real kernel.
+    TreeFails(&'static str),
+    /// A write to this part of a segment fails once. On the real kernel.
+    BlockFails(Part),
     /// Writes to the log fail; the process is restarted, and later the page cache is evicted. On the real kernel.
     RestartAndEviction,
     /// The file system turns read-only. On the real kernel.
@@ -26,16 +29,30 @@ pub enum Act {
     WriteLandsElsewhere,
     /// A stopped node's log is damaged, and another node is down when it comes back.
     DamageAndOneDown,
+    /// The same, and another node's disk is so slow that it lags.
+    DamageAndOneLagging,
+    /// A bit flips in the log of each node, in another entry of each.
+    EachInAnotherEntry,
     /// A stopped node gets the files that it had at an earlier stop.
     OldCopy,
+    /// All get the files that they had at earlier stops, one after the other.
+    AllOldCopies,
     /// The power goes; of what was not synced a random part survives.
     PowerCut,
     /// Nothing that the disk is asked for ends, until the process has fenced itself. On the real kernel.
     Hang,
+    /// The same for so many milliseconds, so many times.
+    HangsFor(u64, u32),
+    /// Reads of the tree do not end for a while, and nothing else hangs. On the real kernel.
+    ReadsHang,
+    /// Reads of a table fail while the node runs. On the real kernel.
+    ReadsFail,
     /// The disk has no byte left.
     NoBytes,
     /// The disk has no inode left.
     NoInodes,
+    /// The log gets no room for its next segment, and no number shows why: a quota.
+    Quota,
     /// kill -9 of the process, and a restart.
     Kill,
     /// SIGSTOP until the others have served without it, then SIGCONT.
@@ -44,10 +61,60 @@ pub enum Act {
     Wiped,
     /// The same, and another node is down when it comes back.
     WipedAndOneDown,
+    /// The same, and another node's disk is so slow that it lags.
+    WipedAndOneLagging,
     /// The thread that writes the log panics.
     WriterDies,
     /// The task that passes this point panics.
     TaskDies(&'static str),
+}
+
+/// Of a segment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Part {
+    /// Headers, marks and rows.
+    First,
+    /// Frames.
+    Middle,
+    /// The end, just before the next segment.
+    Last,
+}
+
+/// Which file of a node.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Which {
+    Table,
+    Manifest,
+    /// Says which tree counts.
+    Pointer,
+    /// The whole folder `kv`.
+    Tree,
+    Checkpoint,
+    Identity,
+    PeersSeen,
+}
+
+/// What is wrong with it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum How {
+    /// Moved away, as runbooks say.
+    Missing,
+    Short,
+    Long,
+    /// It is there, and opening it is an error.
+    Unopenable,
+    /// It can be opened, and reading it is an error.
+    Unreadable,
+    BitFlip,
+}
+
+/// A part of a segment that has checksums of its own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Zone {
+    Header,
+    Mark,
+    Row,
+    FrameHeader,
 }
 
 /// Damage to the files of a node that is down. In the log it falls on what was durable.
@@ -64,14 +131,21 @@ pub enum Harm {
     BothHardStates,
     IdentityMissing,
     TableBlock,
-    TableMissing,
     CheckpointBlock,
+    /// A bit of the log.
+    Bit(Zone),
+    /// A file.
+    File(Which, How),
 }
 
 impl Harm {
     /// Whether it falls on files that only a node has that has flushed.
     pub fn needs_tables(self) -> bool {
-        matches!(self, Self::TableBlock | Self::TableMissing | Self::CheckpointBlock)
+        match self {
+            Self::TableBlock | Self::CheckpointBlock => true,
+            Self::File(which, _) => !matches!(which, Which::Identity | Which::PeersSeen),
+            _ => false,
+        }
     }
 }
 
@@ -123,6 +197,7 @@ const PROXY: &str = "acknowledges nothing itself, another leads, requests are an
 const REPAIRED: &str = "repaired from the others, with everything";
 const REBUILT: &str = "repaired or rebuilt from a replica, with everything";
 const FULL: &str = "another leads, reads and deletes go on, clears itself";
+const NAMED: &str = "comes back, or does not start and names the file";
 const ENDS: &str = "the whole process ends, with the reason";
 
 /// One place in memory: cells are told apart by it.
@@ -130,7 +205,12 @@ pub static TABLE: &[Row] = &[
     row("1", "fsync fails once", "log, append", PROXY, Simulated, SyncFails(SyncFault::PagesMarkedClean)),
     row("1", "fsync fails once", "log, roll", PROXY, Simulated, RollFails),
     row("1", "fsync fails once", "vote", PROXY, Simulated, VoteFails),
-    row("1", "fsync fails once", "tree, manifest, checkpoint", PROXY, Kernel, TreeFails),
+    row("1", "fsync fails once", "log, rows and marks", PROXY, Kernel, BlockFails(Part::First)),
+    row("1", "fsync fails once", "log, frames", PROXY, Kernel, BlockFails(Part::Middle)),
+    row("1", "fsync fails once", "log, end of a segment", PROXY, Kernel, BlockFails(Part::Last)),
+    row("1", "fsync fails once", "tree, a table", PROXY, Kernel, TreeFails("flush.tables")),
+    row("1", "fsync fails once", "tree, the manifest", PROXY, Kernel, TreeFails("flush.manifest")),
+    row("1", "fsync fails once", "checkpoint", PROXY, Kernel, TreeFails("checkpoint.manifest")),
     row("1", "fsync fails once", "folder of the log", PROXY, Simulated, FolderFails),
     row("2", "fsync fails, restart, eviction", "log", "the same before and after", Kernel, RestartAndEviction),
     row("3", "fsync fails, reported late", "log, append", PROXY, Simulated, SyncFails(SyncFault::ReportedLate)),
@@ -140,6 +220,9 @@ pub static TABLE: &[Row] = &[
     row("6", "reads fail", "log, at rest", REBUILT, Simulated, AtRest(Harm::BlocksUnreadable)),
     row("6", "a damaged block", "checkpoint", REPAIRED, Simulated, AtRest(Harm::CheckpointBlock)),
     row("6", "a damaged block", "tree, at rest", REBUILT, Simulated, AtRest(Harm::TableBlock)),
+    row("6", "reads fail", "tree, at rest", REBUILT, Simulated, AtRest(Harm::File(Which::Table, How::Unreadable))),
+    row("6", "reads fail", "tree, while it runs", REBUILT, Kernel, ReadsFail),
+    row("6", "reads fail", "checkpoint", REPAIRED, Simulated, AtRest(Harm::File(Which::Checkpoint, How::Unreadable))),
     row(
         "7",
         "a damaged block and another node down",
@@ -148,10 +231,76 @@ pub static TABLE: &[Row] = &[
         Simulated,
         DamageAndOneDown,
     ),
+    row(
+        "7",
+        "a damaged block and another node lags",
+        "log",
+        "recovers, or halts until it can",
+        Simulated,
+        DamageAndOneLagging,
+    ),
     row("8", "a segment is missing", "log", REBUILT, Simulated, AtRest(Harm::SegmentMissing)),
     row("8", "a segment is short", "log", REBUILT, Simulated, AtRest(Harm::SegmentShort)),
     row("8", "a segment is long", "log", REPAIRED, Simulated, AtRest(Harm::SegmentLong)),
-    row("8", "a table is missing", "tree, at rest", REBUILT, Simulated, AtRest(Harm::TableMissing)),
+    row("8", "a table is missing", "tree, at rest", REBUILT, Simulated, AtRest(Harm::File(Which::Table, How::Missing))),
+    row("8", "a table is short", "tree, at rest", REBUILT, Simulated, AtRest(Harm::File(Which::Table, How::Short))),
+    row("8", "a table is long", "tree, at rest", REBUILT, Simulated, AtRest(Harm::File(Which::Table, How::Long))),
+    row(
+        "8",
+        "a table cannot be opened",
+        "tree, at rest",
+        REBUILT,
+        Simulated,
+        AtRest(Harm::File(Which::Table, How::Unopenable)),
+    ),
+    row(
+        "8",
+        "the manifest is missing",
+        "tree, at rest",
+        REBUILT,
+        Simulated,
+        AtRest(Harm::File(Which::Manifest, How::Missing)),
+    ),
+    row(
+        "8",
+        "the manifest is short",
+        "tree, at rest",
+        REBUILT,
+        Simulated,
+        AtRest(Harm::File(Which::Manifest, How::Short)),
+    ),
+    row(
+        "8",
+        "what names the tree is missing",
+        "tree, at rest",
+        REBUILT,
+        Simulated,
+        AtRest(Harm::File(Which::Pointer, How::Missing)),
+    ),
+    row(
+        "8",
+        "the folder was moved away",
+        "tree, at rest",
+        REBUILT,
+        Simulated,
+        AtRest(Harm::File(Which::Tree, How::Missing)),
+    ),
+    row(
+        "8",
+        "its manifest is missing",
+        "checkpoint",
+        REPAIRED,
+        Simulated,
+        AtRest(Harm::File(Which::Checkpoint, How::Missing)),
+    ),
+    row(
+        "8",
+        "its manifest is short",
+        "checkpoint",
+        REPAIRED,
+        Simulated,
+        AtRest(Harm::File(Which::Checkpoint, How::Short)),
+    ),
     row("8", "a segment cannot be read", "log", REBUILT, Simulated, AtRest(Harm::SegmentUnreadable)),
     row(
         "8",
@@ -170,8 +319,49 @@ pub static TABLE: &[Row] = &[
         Simulated,
         AtRest(Harm::IdentityMissing),
     ),
+    row("8", "the identity is short", "data folder", NAMED, Simulated, AtRest(Harm::File(Which::Identity, How::Short))),
+    row(
+        "8",
+        "the identity cannot be opened",
+        "data folder",
+        NAMED,
+        Simulated,
+        AtRest(Harm::File(Which::Identity, How::Unopenable)),
+    ),
+    row(
+        "8",
+        "the boots seen of others are missing",
+        "data folder",
+        NAMED,
+        Simulated,
+        AtRest(Harm::File(Which::PeersSeen, How::Missing)),
+    ),
+    row(
+        "8",
+        "the boots seen of others are short",
+        "data folder",
+        NAMED,
+        Simulated,
+        AtRest(Harm::File(Which::PeersSeen, How::Short)),
+    ),
     row("9", "an old copy is put back", "whole folder", "refused", Simulated, OldCopy),
     row("9", "a bit flips", "log, at rest", REPAIRED, Simulated, AtRest(Harm::BitFlip)),
+    row("9", "a bit flips", "log, a segment's header", REPAIRED, Simulated, AtRest(Harm::Bit(Zone::Header))),
+    row("9", "a bit flips", "log, a mark", REPAIRED, Simulated, AtRest(Harm::Bit(Zone::Mark))),
+    row("9", "a bit flips", "log, a row", REPAIRED, Simulated, AtRest(Harm::Bit(Zone::Row))),
+    row("9", "a bit flips", "log, a frame's header", REPAIRED, Simulated, AtRest(Harm::Bit(Zone::FrameHeader))),
+    row("9", "a bit flips", "tree, a table", REBUILT, Simulated, AtRest(Harm::File(Which::Table, How::BitFlip))),
+    row(
+        "9",
+        "a bit flips",
+        "tree, the manifest",
+        REBUILT,
+        Simulated,
+        AtRest(Harm::File(Which::Manifest, How::BitFlip)),
+    ),
+    row("9", "a bit flips", "checkpoint", REPAIRED, Simulated, AtRest(Harm::File(Which::Checkpoint, How::BitFlip))),
+    row("9", "a bit flips", "identity", NAMED, Simulated, AtRest(Harm::File(Which::Identity, How::BitFlip))),
+    row("9", "a bit flips on every node", "log, another entry of each", REPAIRED, Simulated, EachInAnotherEntry),
     row("9", "a write lands elsewhere", "log", REPAIRED, Simulated, WriteLandsElsewhere),
     row(
         "10",
@@ -182,12 +372,27 @@ pub static TABLE: &[Row] = &[
         PowerCut,
     ),
     row("11", "the disk hangs", "all files", "hands over, is fenced, others go on", Kernel, Hang),
+    row("11", "the disk hangs for 0.1 s", "all files", "goes on", Kernel, HangsFor(100, 1)),
+    row("11", "the disk hangs for 1 s", "all files", "hands over and goes on", Kernel, HangsFor(1_000, 1)),
+    row("11", "the disk hangs for 5 s", "all files", "hands over and goes on", Kernel, HangsFor(5_000, 1)),
+    row("11", "the disk hangs, comes and goes", "all files", "hands over and goes on", Kernel, HangsFor(700, 5)),
+    row("11", "reads hang", "tree", "hands over and goes on", Kernel, ReadsHang),
     row("12", "no space", "all files", FULL, Small, NoBytes),
     row("12", "no inodes", "all files", FULL, Small, NoInodes),
+    row("12", "a quota", "log, its next segment", FULL, Simulated, Quota),
     row("13", "kill -9", "process", "comes back; no stale read", Processes, Kill),
     row("13", "SIGSTOP and SIGCONT", "process", "no stale read after it goes on", Processes, Freeze),
     row("17", "a wiped node returns", "whole folder", "rebuilt under a fresh id", Simulated, Wiped),
     row("17", "a wiped node returns, and another is down", "whole folder", "waits for it", Simulated, WipedAndOneDown),
+    row(
+        "17",
+        "a wiped node returns, and another lags",
+        "whole folder",
+        "rebuilt once the other one has everything",
+        Simulated,
+        WipedAndOneLagging,
+    ),
+    row("17", "old copies are put back on all nodes", "whole folder", "refused", Simulated, AllOldCopies),
     row("18", "a thread dies", "writer of the log", "the node says that it cannot go on", Simulated, WriterDies),
     row("18", "a task dies", "apply", ENDS, Processes, TaskDies("task.apply")),
     row("18", "a task dies", "Raft and its heartbeats", ENDS, Processes, TaskDies("task.raft")),

@@ -96,6 +96,9 @@ async fn nodes_are_added_as_voters_and_the_leader_is_removed_for_good() {
         .await;
     cluster.restart(fails).await;
     cluster.ended(stays, id, "finished").await;
+    // Having handed over it is about to stop.
+    cluster.stop(leader).await;
+    cluster.restart(leader).await;
     cluster.voters(&[leader, fails, stays, others[3]]).await;
     cluster.stop_all().await;
 }

@@ -15,7 +15,7 @@ use super::rig;
 /// How many hosts there are.
 pub const HOSTS: usize = 3;
 /// Short, so that a minority refuses soon; well above an election.
-const REQUEST_DEADLINE_MS: u64 = 3000;
+const REQUEST_DEADLINE_MS: u64 = 2000;
 
 fn run(command: &str) -> Result<(), String> {
     let mut words = command.split(' ');

@@ -6,6 +6,7 @@ mod lost;
 mod spare;
 mod support;
 mod tree;
+mod waiting;
 
 use std::sync::Arc;
 

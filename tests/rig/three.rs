@@ -25,11 +25,20 @@ pub struct Three {
 impl Three {
     /// Three nodes that are ready.
     pub async fn start() -> Self {
-        Self::with_spares(0).await
+        Self::prepared(0, &[]).await
     }
 
     /// The same, and so many nodes that are not running and no members: their configuration lists all.
     pub async fn with_spares(spares: usize) -> Self {
+        Self::prepared(spares, &[]).await
+    }
+
+    /// The three with further variables of their environment: of which node, name and value.
+    pub async fn with_env(env: &[(usize, &str, &str)]) -> Self {
+        Self::prepared(0, env).await
+    }
+
+    async fn prepared(spares: usize, env: &[(usize, &str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let count = 3 + spares;
         let mut nodes = plan(&dir.path().join("data"), count, free_port(count).unwrap()).unwrap();
@@ -45,6 +54,9 @@ impl Three {
         }
         for i in 0..count {
             processes.set_node_env(i, "STEMEDB_TEST_FAIL_FILE", fail_file(dir.path(), i));
+        }
+        for (node, name, value) in env {
+            processes.set_node_env(*node, name, *value);
         }
         for i in 0..3 {
             processes.start(i).unwrap();

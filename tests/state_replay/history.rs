@@ -10,6 +10,7 @@ use stemedb::model::{NewAssertion, NewEpoch, NewSupersession, NewVote};
 use stemedb::state::command::{
     Command, CommandKey, ENTRY_FORMAT, EntryBody, KeySource, MemberCommand, Operation, RebuildCommand,
 };
+use stemedb::state::level::RaiseLevel;
 use stemedb::state::members::{Change, End, Intent};
 use stemedb_raft::types::{Entry, EntryData, LogId, Member, TypeConfig};
 use uuid::Uuid;
@@ -161,7 +162,8 @@ impl Writer {
     }
 
     fn operation(&mut self) -> Operation {
-        match self.rng.random_range(0..16) {
+        match self.rng.random_range(0..17) {
+            16 => Operation::Level(RaiseLevel { level: self.rng.random_range(0..2) }),
             14 | 15 => Operation::Members(self.members()),
             12 | 13 => Operation::Rebuild(self.rebuild()),
             0 => {

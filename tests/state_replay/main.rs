@@ -74,12 +74,16 @@ impl EntryApplier for Recording {
     fn log_time_ms(&self) -> u64 {
         self.inner.log_time_ms()
     }
+    fn feature_level(&self) -> u32 {
+        self.inner.feature_level()
+    }
 }
 
 pub type Machine = StateMachine<Recording>;
 
 /// A table small enough to fill: its bound is part of what must be the same.
-const LIMITS: KeyLimits = KeyLimits { short_key_ms: 20_000, client_key_ms: 900_000, short_keys_max: 60 };
+const LIMITS: KeyLimits =
+    KeyLimits { short_key_ms: 20_000, balancer_ms: 35_000, client_key_ms: 900_000, short_keys_max: 60 };
 
 pub fn open(dir: &Path, memtable_bytes_max: u64, outcomes: &Arc<Mutex<Outcomes>>) -> Machine {
     let (inner, _) = restorer(LIMITS, Vital::default());

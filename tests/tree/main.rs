@@ -5,9 +5,12 @@
 mod damage;
 mod foreign;
 mod full;
+mod hangs;
 mod latch;
 mod random;
 mod rebuild;
 mod replace;
+#[path = "../rig/mod.rs"]
+mod rig;
 mod scrub;
 mod support;

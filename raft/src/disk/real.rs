@@ -1,14 +1,14 @@
 //! Files of the operating system.
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{self, File, OpenOptions},
     io,
     os::unix::fs::FileExt,
     path::Path,
     sync::Arc,
 };
 
-use super::{Disk, DiskFile, FolderLock, FoundFile, Space};
+use super::{Disk, DiskFile, FolderLock, FoundFile, Space, folder_lock::try_lock};
 
 /// The operating system's file system.
 #[derive(Debug, Default)]
@@ -30,12 +30,6 @@ impl RealDisk {
 }
 
 struct RealFile(File);
-
-struct RealLock {
-    _file: File,
-}
-
-impl FolderLock for RealLock {}
 
 impl Disk for RealDisk {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
@@ -98,14 +92,12 @@ impl Disk for RealDisk {
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn FolderLock>> {
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Box::new(RealLock { _file: file })),
-            Err(TryLockError::WouldBlock) => Err(io::Error::new(
+        match try_lock(path)? {
+            Some(lock) => Ok(Box::new(lock)),
+            None => Err(io::Error::new(
                 io::ErrorKind::WouldBlock,
                 format!("{} is locked by another process", path.display()),
             )),
-            Err(TryLockError::Error(e)) => Err(e),
         }
     }
 }

@@ -459,6 +459,12 @@ impl SimDisk {
         Ok(())
     }
 
+    /// Changes durable bytes under a page cache that goes on showing what they were.
+    pub fn corrupt_durable(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) -> io::Result<()> {
+        change(&mut self.state().inode_at(path)?.durable);
+        Ok(())
+    }
+
     /// How many file syncs succeeded or failed so far.
     pub fn syncs(&self) -> u64 {
         self.state().syncs

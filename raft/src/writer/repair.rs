@@ -14,6 +14,7 @@ use crate::{
     error::RepairError,
     frame::{EntryKind, FRAME_HEADER_BYTES, FrameHeader, HEADER_OFFSETS, ROW_BYTES, ROWS_OFFSET, SegmentHeader},
     index::{Located, Lookup, OnDisk},
+    io_times::Waits,
     open::row_of,
     patch::{BLOCK, Patch, is_media_error},
     reader::verify,
@@ -48,7 +49,7 @@ impl Writer {
         };
         let OnDisk { file, segment: name, identity, located, .. } = &site.on_disk;
         let header = {
-            let _seen = self.shared.io_times.enter("read", name, false);
+            let _seen = self.shared.io_times.enter("read", name, Waits::Somebody);
             if is_sound(&site) {
                 // Several readers met the damage, and one of them was first.
                 return Ok(());
@@ -88,14 +89,14 @@ impl Writer {
     fn write_again(&self, file: &Arc<dyn DiskFile>, name: &str, pieces: &[(u64, &[u8])]) -> Step {
         let file: Arc<dyn DiskFile> = Arc::new(self.disk.file(Arc::clone(file), name));
         let read = || {
-            let _seen = self.shared.io_times.enter("read", name, false);
+            let _seen = self.shared.io_times.enter("read", name, Waits::Somebody);
             let mut patch = Patch::new(Arc::clone(&file), &unreadable_blocks(&*file, pieces)?);
             pieces.iter().try_for_each(|(at, bytes)| patch.put(*at, bytes))?;
             Ok(patch)
         };
         let patch = read().map_err(|e| self.failed_on("repair", name, &e))?;
         patch.write().map_err(|e| self.failed_on("repair", name, &e))?;
-        let _seen = self.shared.io_times.enter("read", name, false);
+        let _seen = self.shared.io_times.enter("read", name, Waits::Somebody);
         patch.verify().map_err(|e| self.failed_on("verify the repair of", name, &e))
     }
 

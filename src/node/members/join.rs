@@ -11,6 +11,7 @@ use crate::{
     clock,
     node::{
         core::{Core, Shared},
+        level,
         rebuild::{
             grant::{bounded, members_of, propose_op},
             messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply},
@@ -59,7 +60,14 @@ pub async fn place(
     };
     let mut granted = Granted { permit: None, cluster_id, leader, members: members_of(membership) };
     let listed = membership.nodes().find(|(_, member)| member.name == name).map(|(_, member)| member.clone());
-    let intent = match (awaited(known.current.clone(), &name), listed) {
+    let comes = awaited(known.current.clone(), &name);
+    let addr = comes.as_ref().map(|intent| &intent.peer_addr).or(listed.as_ref().map(|member| &member.peer_addr));
+    if let Some(addr) = addr
+        && let Some(why) = level::keeps_out(shared, core, &name, addr).await
+    {
+        return AskReply::Refused(Refusal::Waits(vec![why]));
+    }
+    let intent = match (comes, listed) {
         (Some(intent), _) => intent,
         (None, Some(member)) => match come_again(shared, core, &known, member, &ask).await {
             Ok(Some(intent)) => intent,

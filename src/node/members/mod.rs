@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     admin::member::Outlook,
-    state::{engine::StateRead, keys, members::MemberBook},
+    state::{engine::StateRead, keys, level::LEVEL_MEMBERS, members::MemberBook},
 };
 
 pub use self::{
@@ -77,6 +77,14 @@ pub enum MemberError {
         why: String,
         /// Whether `force` would do it all the same.
         forcible: bool,
+    },
+    /// A member does not know commands about members yet.
+    #[error("the members change from feature level {LEVEL_MEMBERS} on, and the cluster is at {level}: {why}")]
+    Level {
+        /// The level that the cluster has reached.
+        level: u32,
+        /// Who holds it there.
+        why: String,
     },
     /// It is not possible here and now.
     #[error("{0}")]

@@ -18,12 +18,14 @@ use crate::{
     node::{
         core::{Core, Role, Shared},
         flows::{Asked, ask_all, lags},
+        level,
         process::Process,
         read,
         rebuild::desk::{JobReport, job_id},
     },
     state::{
         command::{MemberCommand, Refusal},
+        level::LEVEL_MEMBERS,
         members::{Change, Intent},
     },
 };
@@ -215,6 +217,9 @@ pub async fn order(
     };
     let refusal = refusal.or_else(|| is_joint(&membership).then(|| "a change of the members is half done".to_owned()));
     let leads = intent.leaving() == Some(shared.name());
+    if let Some(why) = level::lacks(&shared, core, LEVEL_MEMBERS).await {
+        return Err(MemberError::Level { level: level::here(core), why });
+    }
     if dry_run {
         return Ok(Ordered::Plan(Box::new(MemberPlan {
             kind: intent.change.word(),
@@ -237,6 +242,9 @@ pub async fn order(
         leave(&shared, core, asked).await.map_err(MemberError::Impossible)?;
         let leader = shared.view.borrow().leader.as_ref().filter(|leader| !leader.here).map(|l| l.name.clone());
         return Err(MemberError::NotLeader(leader));
+    }
+    if let Err(why) = level::require(&shared, core, LEVEL_MEMBERS).await {
+        return Err(MemberError::Level { level: level::here(core), why });
     }
     let job = intent.job;
     tracing::warn!(kind = intent.change.word(), name = intent.name, "an operator changes the members");

@@ -23,7 +23,7 @@ use crate::{
     clock,
     node::{
         core::{Core, Role, Shared},
-        members,
+        level, members,
         messages::{ProposeAnswer, StatusReply, pack, unpack},
         read, status,
     },
@@ -151,6 +151,12 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
     let resumes = held.as_ref().filter(|p| p.name == ask.name && p.job == ask.job);
     if resumes.is_none() && voter_named(membership, &ask.name).is_none() {
         return members::join::place(shared, core, membership, ask, cluster_id, own_id).await;
+    }
+    if let Some(id) = voter_named(membership, &ask.name)
+        && let Some(member) = membership.get_node(&id)
+        && let Some(why) = level::keeps_out(shared, core, &ask.name, &member.peer_addr).await
+    {
+        return AskReply::Refused(Refusal::Waits(vec![why]));
     }
     // Once its files are put away there is nothing more to lose by going on. Before that it is looked at again: another
     // node may have failed since the grant.

@@ -56,11 +56,6 @@ impl Journal {
             move |source| FileError::Io { operation, path, source }
         };
         crate::state::engine::folder::create_synced(&data_dir.join("rebuild")).map_err(io("create the folder of"))?;
-        // Never a second write to a file whose sync may have failed.
-        match fs::remove_file(path.with_extension("tmp")) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io("remove the tmp of")(error)),
-            _ => {}
-        }
         let Journal { job, phase, why, automatic, from, began_unix_ms, emptied, cluster_id, fresh_id, leader, members } =
             self;
         let cluster = u128::from_be_bytes(*cluster_id);

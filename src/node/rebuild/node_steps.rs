@@ -61,8 +61,8 @@ impl Runner {
         self.process.retire(shared, "this node moves to its spare folder").await;
         // There are no old files in the spare folder: those in the data folder are given up.
         let journal = Journal { emptied: true, why: why.clone(), ..self.journal_of(shared, order) };
-        let (dir, seed) = (spare.clone(), clock::unix_ms());
-        blocking(move || spare::take(&dir, seed, &journal)).await?;
+        let (dir, seed, seen) = (spare.clone(), clock::unix_ms(), self.process.boots.clone());
+        blocking(move || spare::take(&dir, seed, &seen, &journal)).await?;
         tracing::warn!(spare_dir = %spare.display(), "{why}; this node goes on in its spare folder");
         self.process.moved.cancel();
         self.process.stop.cancelled().await;
@@ -220,7 +220,7 @@ impl Runner {
 
     /// Lets a proxy without a state know who the others are.
     fn know_members(&self, shared: &Arc<Shared>, journal: &Journal) {
-        if shared.local.load().node_id == 0 {
+        if !shared.local.load().has_raft_id() {
             shared.local.store(Arc::new(pulling_identity(journal)));
         }
         let unknown = shared.view.borrow().membership.nodes().next().is_none();
@@ -343,6 +343,7 @@ impl Runner {
 
     pub(super) async fn start(&mut self) -> Done {
         self.show("starting");
+        self.process.boots.begin_anew();
         let why = match self.process.start_next().await {
             Ok(next) if is_open(&next) => {
                 self.hit("rebuild.started")?;

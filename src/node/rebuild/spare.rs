@@ -16,7 +16,7 @@ use std::{
 use super::{desk::Order, journal::Journal, probe};
 use crate::{
     config::Config,
-    node::{identity::Identity, start_error::StartError},
+    node::{boots::SeenBoots, identity::Identity, start_error::StartError},
 };
 
 /// The configuration of a node with the folder that it uses: the spare one once that was taken into use, and no further
@@ -37,12 +37,14 @@ pub fn in_use(config: Arc<Config>) -> Result<Arc<Config>, StartError> {
     Ok(Arc::new(moved))
 }
 
-/// Takes the spare folder into use, if it keeps what it is given. Blocking.
-pub fn take(spare: &Path, seed: u64, journal: &Journal) -> Result<(), String> {
+/// Takes the spare folder into use, if it keeps what it is given. What was seen of the others goes along: whoever comes
+/// back with an old copy of its folder must not be believed by the one that has moved. Blocking.
+pub fn take(spare: &Path, seed: u64, seen: &SeenBoots, journal: &Journal) -> Result<(), String> {
     let at =
         |error: &dyn std::fmt::Display| format!("the spare folder {} is not good either: {error}", spare.display());
     std::fs::create_dir_all(spare).map_err(|e| at(&e))?;
     probe::probe(spare, seed).map_err(|e| at(&e))?;
+    seen.save_to(spare).map_err(|e| at(&e))?;
     // From here on it is the node's folder.
     journal.save(spare).map_err(|e| at(&e))
 }
@@ -58,8 +60,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    #[test]
-    fn the_spare_folder_is_used_from_its_journal_on_and_has_none_behind_it() {
+    fn nothing_seen(dir: &Path) -> SeenBoots {
+        SeenBoots::open(dir, Arc::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_spare_folder_is_used_from_its_journal_on_and_has_none_behind_it() {
         let dir = tempfile::tempdir().unwrap();
         let spare = dir.path().join("spare");
         let mut config = Config::default();
@@ -70,7 +76,10 @@ mod tests {
         assert_eq!(used().node.data_dir, config.node.data_dir, "it is not there yet");
         std::fs::create_dir(&spare).unwrap();
         assert_eq!(used().node.data_dir, config.node.data_dir, "it is empty");
-        take(&spare, 7, &Journal { job: 1, ..Journal::default() }).unwrap();
+        let seen = nothing_seen(dir.path());
+        seen.wait_saved(seen.observe(2, 9).unwrap()).await.unwrap();
+        take(&spare, 7, &seen, &Journal { job: 1, ..Journal::default() }).unwrap();
+        assert_eq!(SeenBoots::open(&spare, Arc::default()).unwrap().highest(2), Some(9), "what was seen is forgotten");
         let moved = used();
         assert_eq!((moved.node.data_dir.clone(), moved.rebuild.spare_dir.clone()), (spare.clone(), None));
         Journal::remove(&spare).unwrap();
@@ -83,7 +92,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        let why = take(&file, 7, &Journal::default()).unwrap_err();
+        let why = take(&file, 7, &nothing_seen(dir.path()), &Journal::default()).unwrap_err();
         assert!(why.contains("not good either"), "{why}");
     }
 }

@@ -10,7 +10,7 @@ use super::{Need, mark::Mark};
 use crate::{
     node::{
         core::{Core, Shared},
-        files::is_full,
+        files::{FileError, is_full},
         handover,
         start_error::StartError,
     },
@@ -43,7 +43,8 @@ async fn found(shared: &Shared, core: &Core, damage: &TreeDamage) {
     let marked = tokio::task::spawn_blocking(move || mark.save(&data_dir)).await;
     match marked {
         Ok(Ok(())) => {}
-        Ok(Err(crate::node::files::FileError::Io { source, .. })) if !is_full(&source) => {
+        // The making of its folder may lack room and be no failure.
+        Ok(Err(FileError::Io { source, .. })) if !is_full(&source) => {
             core.state.suffer(&EngineError::Io { operation: "mark", source });
         }
         Ok(Err(error)) => tracing::warn!(%error, "the damage of the tree is not noted on the disk"),

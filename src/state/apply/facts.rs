@@ -52,7 +52,7 @@ impl Facts<'_, '_> {
                 Ok(receipts)
             }
             // No facts: `Applier::permit` and `Applier::members` take them before.
-            Operation::Rebuild(_) | Operation::Members(_) => Ok(Vec::new()),
+            Operation::Rebuild(_) | Operation::Members(_) | Operation::Level(_) => Ok(Vec::new()),
         }
     }
 

@@ -227,6 +227,31 @@ fn a_full_table_refuses_new_short_lived_keys_only() {
     assert_eq!(machine.applier.short_keys_len(), 1);
 }
 
+/// The last attempt that the files of `deploy/` allow begins 30 s after the first and waits for a whole deadline.
+#[test]
+fn a_balancers_key_outlives_every_attempt_under_it_from_its_level_on() {
+    for (level, known_until_ms) in [(0, 20_000), (1, 45_000)] {
+        let mut machine = Machine::new();
+        raise(&mut machine, level);
+        machine.now_ms = START_MS;
+        let op = Operation::Assert(vec![machine.assertion("a", "p", "1")]);
+        let attempt = |taken_ms| Command {
+            resend_until_ms: taken_ms + 10_000,
+            ..command(KeySource::Balancer, 7, taken_ms, op.clone())
+        };
+        assert!(!machine.entry(vec![attempt(START_MS)]).remove(0).replayed);
+        for (at_ms, known) in [(known_until_ms, true), (known_until_ms + 1, false)] {
+            machine.now_ms = START_MS + at_ms;
+            let again = machine.entry(vec![attempt(machine.now_ms - 10_000)]).remove(0);
+            assert_eq!(again.replayed, known, "level {level}, {at_ms} ms later");
+        }
+    }
+    let mut machine = Machine::with_limits(KeyLimits { short_keys_max: 2, ..limits() });
+    machine.assert("a", "p", "1");
+    raise(&mut machine, 1);
+    assert!(!machine.applier.short_keys_full(), "and twice as many fit");
+}
+
 #[test]
 fn client_keys_expire_after_their_time_in_bounded_steps() {
     let mut machine = Machine::new();
@@ -353,7 +378,7 @@ fn random_command(rng: &mut StdRng, now_ms: u64, seen: &mut Vec<Command>) -> Com
 fn an_applier_restored_in_the_middle_goes_on_identically() {
     for seed in 0..20 {
         let mut rng = StdRng::seed_from_u64(seed);
-        let tight = KeyLimits { short_keys_max: 40, client_key_ms: 30_000, short_key_ms: 10_000 };
+        let tight = KeyLimits { short_keys_max: 40, client_key_ms: 30_000, short_key_ms: 10_000, balancer_ms: 15_000 };
         let mut steady = Machine::with_limits(tight);
         // The other node's tree also has rows of saved keys, which are its own.
         let (mut other_tree, mut other) = (MapRead::default(), None::<Applier>);
@@ -361,14 +386,30 @@ fn an_applier_restored_in_the_middle_goes_on_identically() {
         let mut now_ms = START_MS;
         for step in 0..150 {
             now_ms += rng.random_range(0..2_000);
-            let commands = (0..rng.random_range(0..8)).map(|_| random_command(&mut rng, now_ms, &mut seen)).collect();
+            let mut commands: Vec<_> =
+                (0..rng.random_range(0..8)).map(|_| random_command(&mut rng, now_ms, &mut seen)).collect();
+            if step == 70 {
+                commands.push(command(
+                    KeySource::Node,
+                    rng.random(),
+                    now_ms,
+                    Operation::Level(RaiseLevel { level: 1 }),
+                ));
+            }
             let log_time_ms = now_ms - rng.random_range(0..1_000);
             let body = EntryBody { format: ENTRY_FORMAT, log_time_ms, commands };
             let body = EntryBody::decode(&body.encode().unwrap()).unwrap();
             let mut restored = match other.take() {
                 Some(applier) => applier,
-                None => Applier::restore(&other_tree, steady.applier.fact_index(), steady.applier.log_time_ms(), tight)
-                    .unwrap(),
+                None => {
+                    let applied = AppliedState {
+                        fact_index: steady.applier.fact_index(),
+                        log_time_ms: steady.applier.log_time_ms(),
+                        feature_level: steady.applier.feature_level(),
+                        ..AppliedState::default()
+                    };
+                    Applier::restore(&other_tree, &applied, tight).unwrap()
+                }
             };
             let (batch, outcomes) = steady.applier.apply(&steady.tree, step, &body).unwrap();
             let (other_batch, other_outcomes) = restored.apply(&other_tree, step, &body).unwrap();
@@ -423,4 +464,33 @@ fn apply_speed() {
         }
         println!("{name}: {} ns per command", took.as_nanos() / applied as u128);
     }
+}
+
+fn raise(machine: &mut Machine, level: u32) -> Outcome {
+    machine.run(Operation::Level(RaiseLevel { level }))
+}
+
+#[test]
+fn the_feature_level_only_rises_and_waits_for_whoever_is_on_the_way_in() {
+    let mut machine = Machine::new();
+    assert_eq!(machine.applier.feature_level(), 0);
+    let grant = RebuildCommand::Grant { name: "b".into(), job: 7, old_id: 2, id_min: 4, automatic_max: None };
+    let Outcome::Permit(permit) = machine.run(Operation::Rebuild(grant)) else { unreachable!() };
+    assert!(matches!(raise(&mut machine, 1), Outcome::Refused(Refusal::RebuildHeld { by, .. }) if by == "b"));
+    assert_eq!(machine.applier.feature_level(), 0);
+    let finish = RebuildCommand::Finish { name: "b".into(), fresh_id: permit.fresh_id };
+    machine.run(Operation::Rebuild(finish));
+    assert_eq!(raise(&mut machine, 1), Outcome::Applied(vec![]));
+    assert_eq!(raise(&mut machine, 0), Outcome::Applied(vec![]));
+    assert_eq!(machine.applier.feature_level(), 1);
+}
+
+#[test]
+fn a_level_that_this_program_does_not_know_stops_it() {
+    let mut machine = Machine::new();
+    let command = machine.command(Operation::Level(RaiseLevel { level: level::FEATURE_LEVEL + 1 }));
+    let body = EntryBody { format: ENTRY_FORMAT, log_time_ms: START_MS, commands: vec![command] };
+    let error = machine.applier.apply(&machine.tree, 0, &body).unwrap_err();
+    assert_eq!(error.class(), crate::state::engine::ErrorClass::Newer);
+    assert!(error.to_string().contains("start a newer version"), "{error}");
 }

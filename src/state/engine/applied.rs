@@ -10,15 +10,13 @@ use stemedb_raft::codec;
 use stemedb_raft::types::{LogId, StoredMembership};
 
 use super::EngineError;
+use crate::state::level;
 
 /// Key of the row. The tag `m` is the keyspace of rows that are about the state itself.
 pub(crate) const APPLIED_KEY: &[u8] = b"m~engine/applied";
 
 /// Version of the row's form. A tree with a newer one is refused.
 const APPLIED_FORMAT: u16 = 1;
-
-/// The highest feature level that this program knows. No command needs one yet.
-pub const FEATURE_LEVEL: u32 = 0;
 
 /// How far the log was applied, as of some moment between two entries.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,14 +68,10 @@ impl AppliedState {
 
     /// A program that knows less than the cluster has agreed on must not go on from this state.
     pub(crate) fn check_feature_level(&self, operation: &'static str) -> Result<(), EngineError> {
-        if (0..=FEATURE_LEVEL).contains(&self.feature_level) {
-            return Ok(());
+        match level::unknown(self.feature_level) {
+            Some(why) => Err(EngineError::io(operation, std::io::Error::new(std::io::ErrorKind::Unsupported, why))),
+            None => Ok(()),
         }
-        let why = format!(
-            "the state has feature level {}, this program knows levels up to {FEATURE_LEVEL}: start a newer version of it",
-            self.feature_level
-        );
-        Err(EngineError::io(operation, std::io::Error::new(std::io::ErrorKind::Unsupported, why)))
     }
 }
 
@@ -85,6 +79,7 @@ impl AppliedState {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::state::level::FEATURE_LEVEL;
 
     #[test]
     fn a_feature_level_that_is_not_known_is_refused_with_both_numbers() {
@@ -92,6 +87,6 @@ mod tests {
         assert_eq!(known, AppliedState::from_row(&known.to_row().unwrap()).unwrap());
         let newer = AppliedState { feature_level: FEATURE_LEVEL + 3, ..AppliedState::default() };
         let error = AppliedState::from_row(&newer.to_row().unwrap()).unwrap_err().to_string();
-        assert!(error.contains("feature level 3") && error.contains("up to 0"), "{error}");
+        assert!(error.contains("feature level 4") && error.contains("up to 1"), "{error}");
     }
 }

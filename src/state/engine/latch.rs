@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use stemedb_raft::io_times::IoGuard;
+use stemedb_raft::io_times::{IoGuard, Waits};
 
 use super::damage::TreeDamage;
 use super::lsm::{Inner, lock};
@@ -106,7 +106,7 @@ impl Inner {
     /// Notes a call that writes or syncs, until the answer is dropped. No client waits for it: it may take long on a
     /// healthy disk, and is noticed when it does not return for longer than anything may.
     pub(crate) fn busy(&self, operation: &'static str, file: &str) -> IoGuard<'_> {
-        self.options.io_times.enter(operation, file, true)
+        self.options.io_times.enter(operation, file, Waits::Nobody)
     }
 
     /// A named step, at which tests let the disk fail, or hang.

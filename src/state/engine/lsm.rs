@@ -20,6 +20,7 @@ use std::time::Duration;
 use lsm_tree::SequenceNumberCounter;
 use lsm_tree::config::{BlockSizePolicy, CompressionPolicy};
 use lsm_tree::{AbstractTree, AnyTree, Cache, CompressionType, Config, DescriptorTable, Memtable};
+use stemedb_raft::disk::folder_lock::KernelLock;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -27,7 +28,6 @@ pub use super::options::{EngineStats, FailPoint, FlushGate, LsmOptions};
 
 use super::applied::{APPLIED_KEY, AppliedState};
 use super::guard::caught;
-use super::lock::FolderLock;
 use super::snapshot::{Snapshot, SnapshotTable};
 use super::{EngineError, ErrorClass, TreeDamage, WriteBatch};
 use super::{background, folder, foreign, hidden, precheck};
@@ -113,7 +113,7 @@ pub(crate) struct Inner {
     pub(crate) counters: Counters,
     /// Files in its folder that are not of it.
     pub(crate) foreign: Vec<PathBuf>,
-    _lock: FolderLock,
+    _lock: KernelLock,
     retired: RetiredFolder,
 }
 
@@ -219,7 +219,7 @@ impl LsmEngine {
 
     fn open_inner(dir: &Path, options: LsmOptions) -> Result<LsmEngine, EngineError> {
         folder::create_synced(dir).map_err(|e| EngineError::io("open", e))?;
-        let folder_lock = FolderLock::take(dir, options.lock_timeout_ms)?;
+        let folder_lock = super::lock::take(dir, options.lock_timeout_ms)?;
         precheck::make_durable(dir, &precheck::check(dir)?)?;
         let found = precheck::check(dir)?;
         let foreign = foreign::set_aside(dir).map_err(|e| EngineError::io("open", e))?;
@@ -241,7 +241,7 @@ impl LsmEngine {
     fn open_checked(
         dir: &Path,
         options: LsmOptions,
-        folder_lock: FolderLock,
+        folder_lock: KernelLock,
         found: &precheck::Found,
         foreign: Vec<PathBuf>,
     ) -> Result<LsmEngine, EngineError> {

@@ -17,13 +17,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use stemedb_raft::disk::folder_lock::KernelLock;
 use stemedb_raft::types::LogId;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::checkpoint::Checkpoint;
 use super::foreign::is_number;
 use super::latch::{FailPoint, step};
-use super::lock::FolderLock;
 use super::precheck::{self, Found};
 use super::{EngineError, folder, quarantine};
 
@@ -252,9 +252,9 @@ fn highest_tree(kv: &Path) -> io::Result<u64> {
     Ok(tree_numbers(kv)?.into_iter().max().unwrap_or(0))
 }
 
-fn lock_trees(kv: &Path, wait_ms: u64) -> Result<Vec<FolderLock>, EngineError> {
+fn lock_trees(kv: &Path, wait_ms: u64) -> Result<Vec<KernelLock>, EngineError> {
     let numbers = tree_numbers(kv).map_err(|e| EngineError::read("install", kv, e))?;
-    numbers.into_iter().map(|number| FolderLock::take(&kv.join(format!("g{number}")), wait_ms)).collect()
+    numbers.into_iter().map(|number| super::lock::take(&kv.join(format!("g{number}")), wait_ms)).collect()
 }
 
 #[cfg(test)]

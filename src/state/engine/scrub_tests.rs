@@ -1,4 +1,4 @@
-//! Order, rate and position; what the sources find is in `tests/engine_scrub.rs`.
+//! Order, rate and position; what the sources find is in `tests/tree/scrub.rs`.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::sync::Mutex;

@@ -1,5 +1,7 @@
 //! Views of the tree for readers, and the table that holds back garbage collection for them.
 //!
+//! Reads are noted while they last, for the watchdog: one that hangs stalls the node as a write does.
+//!
 //! lsm-tree raises its own visible number in the middle of an entry when a flush or compaction
 //! happens to end there. Readers therefore use `published`, which only the apply thread moves, and
 //! only between entries.
@@ -10,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use lsm_tree::{AbstractTree, Guard, SeqNo};
+use stemedb_raft::io_times::Series;
 
 use super::guard::{caught, caught_read};
 use super::hidden;
@@ -81,18 +84,21 @@ pub struct Snapshot {
     engine: Arc<Inner>,
     seqno: SeqNo,
     registered: bool,
+    reads: Series,
 }
 
 impl Snapshot {
     /// The published state.
     pub(crate) fn published(engine: Arc<Inner>) -> Snapshot {
         let seqno = engine.snapshots.open();
-        Snapshot { engine, seqno, registered: true }
+        let reads = series(&engine);
+        Snapshot { engine, seqno, registered: true, reads }
     }
 
     /// Whatever is written at the moment of each call; for the one thread that writes.
     pub(crate) fn written(engine: Arc<Inner>) -> Snapshot {
-        Snapshot { engine, seqno: SeqNo::MAX, registered: false }
+        let reads = series(&engine);
+        Snapshot { engine, seqno: SeqNo::MAX, registered: false, reads }
     }
 
     /// Counts a failed read; damage gets the name of its table and is told to whoever repairs.
@@ -112,6 +118,10 @@ impl Snapshot {
             error
         })
     }
+}
+
+fn series(engine: &Inner) -> Series {
+    engine.options.io_times.series("read", "kv/tables")
 }
 
 impl Drop for Snapshot {
@@ -137,6 +147,7 @@ impl StateRead for Snapshot {
         if key.is_empty() || key.len() > super::lsm::KEY_BYTES_MAX {
             return Ok(None); // no such key can exist
         }
+        let _seen = self.reads.begin();
         let value = caught_read("get", || self.engine.tree.get(key, self.seqno));
         let value = self.noted(value, |engine| hidden::locate_for_key(&engine.tree, key));
         Ok(value?.map(|value| Bytes::copy_from_slice(&value)))
@@ -150,6 +161,7 @@ impl StateRead for Snapshot {
         if is_empty_range(from, to) {
             return Box::new(std::iter::empty());
         }
+        let _seen = self.reads.begin_row();
         let rows = caught_read("scan", || Ok(self.engine.tree.range::<&[u8], _>((from, to), self.seqno, None)));
         let begin = from.map(<[u8]>::to_vec);
         match self.noted(rows, |engine| hidden::locate_for_scan(&engine.tree, &begin)) {
@@ -196,6 +208,7 @@ impl Iterator for Scan<'_> {
             return None;
         }
         let at = &self.at;
+        let _seen = self.snapshot.reads.begin_row();
         let row = caught_read("scan", || (self.next)());
         match self.snapshot.noted(row, |engine| hidden::locate_for_scan(&engine.tree, at)) {
             Ok(Some((key, value))) => {

@@ -45,7 +45,7 @@ fn fill(table: &mut KeyTable, numbers: std::ops::Range<u64>) {
         table.expire(now_ms);
         // Every 50th has a far `resend_until`.
         let resend_ms = now_ms + if number % 50 == 0 { 60_000 } else { 10_000 };
-        table.insert(key(number), body(number), &outcome(number), now_ms, resend_ms).unwrap();
+        table.insert(key(number), body(number), &outcome(number), now_ms, resend_ms, None).unwrap();
     }
 }
 
@@ -53,7 +53,7 @@ fn fill(table: &mut KeyTable, numbers: std::ops::Range<u64>) {
 fn known_keys_answer_until_they_expire_and_not_a_moment_less() {
     let mut table = KeyTable::new(KEEP_MS, 1000);
     for number in 1..=20 {
-        table.insert(key(number), body(number), &outcome(number), START_MS, START_MS + 10).unwrap();
+        table.insert(key(number), body(number), &outcome(number), START_MS, START_MS + 10, None).unwrap();
     }
     table.expire(START_MS + KEEP_MS);
     for number in 1..=20 {
@@ -75,8 +75,8 @@ fn known_keys_answer_until_they_expire_and_not_a_moment_less() {
 #[test]
 fn a_key_is_kept_for_twice_its_resend_until_without_holding_up_the_others() {
     let mut table = KeyTable::new(KEEP_MS, 1000);
-    table.insert(key(1), body(1), &applied(1), START_MS, START_MS + 100_000).unwrap();
-    table.insert(key(2), body(2), &applied(2), START_MS, START_MS + 10).unwrap();
+    table.insert(key(1), body(1), &applied(1), START_MS, START_MS + 100_000, None).unwrap();
+    table.insert(key(2), body(2), &applied(2), START_MS, START_MS + 10, None).unwrap();
     table.expire(START_MS + KEEP_MS + 1);
     assert_eq!(table.len(), 1);
     table.expire(START_MS + 200_000);
@@ -84,6 +84,27 @@ fn a_key_is_kept_for_twice_its_resend_until_without_holding_up_the_others() {
     assert_eq!(table.get(&key(1), 0).unwrap(), Some(Known::OtherBody));
     table.expire(START_MS + 200_001);
     assert!(table.is_empty() && table.packed_bytes == 0);
+}
+
+#[test]
+fn a_key_that_is_kept_for_longer_holds_back_what_came_after_it_and_goes_in_time() {
+    let mut table = KeyTable::new(KEEP_MS, 1000);
+    table.insert(key(2), body(2), &applied(2), START_MS, START_MS + 10, None).unwrap();
+    table.insert(key(1), body(1), &applied(1), START_MS, START_MS + 10, Some(START_MS + 45_000)).unwrap();
+    table.insert(key(4), body(4), &applied(4), START_MS, START_MS + 10, None).unwrap();
+    let mut tree = MapRead::default();
+    tree.write(&table.save().unwrap());
+    table.expire(START_MS + 45_000);
+    assert_eq!(table.len(), 2);
+    assert_eq!(table.get(&key(1), body(1)).unwrap(), Some(Known::Outcome(applied(1))));
+    let restored = KeyTable::restore(&tree, KEEP_MS, 1000, START_MS + 45_000).unwrap();
+    assert_same(&table, &restored);
+    table.expire(START_MS + 45_001);
+    assert!(table.is_empty());
+    // Never for less than the usual time.
+    table.insert(key(1), body(1), &applied(1), START_MS, START_MS, Some(START_MS)).unwrap();
+    table.expire(START_MS + KEEP_MS);
+    assert_eq!(table.len(), 1);
 }
 
 #[test]
@@ -98,7 +119,7 @@ fn the_bound_counts_keys_and_packed_bytes() {
     let large = Outcome::Refused(Refusal::EpochExists { name });
     for number in 0..4 {
         assert!(!table.is_full(), "{number}");
-        table.insert(key(number), 0, &large, START_MS, START_MS).unwrap();
+        table.insert(key(number), 0, &large, START_MS, START_MS, None).unwrap();
     }
     assert!(table.is_full());
 }
@@ -114,7 +135,7 @@ fn what_does_not_fit_a_slot_is_packed() {
     ] {
         let mut table = KeyTable::new(KEEP_MS, 10);
         let outcome = Outcome::Applied(vec![receipt]);
-        table.insert(key(1), 0, &outcome, START_MS, 0).unwrap();
+        table.insert(key(1), 0, &outcome, START_MS, 0, None).unwrap();
         assert_eq!(table.get(&key(1), 0).unwrap(), Some(Known::Outcome(outcome)));
     }
 }
@@ -188,7 +209,7 @@ fn damaged_rows_are_errors_and_never_panics() {
 fn a_million_keys_fit_into_70_mb() {
     let mut table = KeyTable::new(KEEP_MS, 1_000_000);
     for number in 0..1_000_000 {
-        table.insert(key(number), 0, &applied(number), START_MS, START_MS).unwrap();
+        table.insert(key(number), 0, &applied(number), START_MS, START_MS, None).unwrap();
     }
     assert!(table.is_full());
     let slots = table.slots.len() * size_of::<Slot>();

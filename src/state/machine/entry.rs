@@ -25,7 +25,9 @@ pub(super) fn decode(log_id: &LogId, data: &[u8]) -> Result<EntryBody, io::Error
     }
     let found = found.map_or_else(|| "unreadable".to_owned(), |format| format.to_string());
     let known = format!("format {found}, this program knows formats up to {ENTRY_FORMAT}");
-    codec::decode(data).map_err(|error| stop(log_id, &format!("cannot be read ({known}): {error}")))
+    // A newer program writes the same format with commands that this one has never heard of.
+    let why = |error| format!("cannot be read ({known}; a newer program may have written it: start that): {error}");
+    codec::decode(data).map_err(|error| stop(log_id, &why(error)))
 }
 
 /// The format is the first field, in every version. Its encoding takes one byte or three.

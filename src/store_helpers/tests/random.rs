@@ -135,7 +135,7 @@ fn change(rng: &mut StdRng, machine: &mut Machine, naive: &mut Naive) {
         Operation::Vote(vote) => naive.votes.push((vote, index)),
         Operation::Supersede(new) => naive.supersessions.push((new.old, new.new, index)),
         Operation::Epoch(new) => naive.epochs.push((new.name, new.supersedes, index)),
-        Operation::ImportChunk { .. } | Operation::Rebuild(_) | Operation::Members(_) => {}
+        Operation::ImportChunk { .. } | Operation::Rebuild(_) | Operation::Members(_) | Operation::Level(_) => {}
     }
 }
 

@@ -123,6 +123,8 @@ impl Cluster {
         config.cluster.auto_rebuild = seat.role == MemberRole::Learner;
         config.cluster.role = seat.role;
         config.wal.retain_mb = 1;
+        // A disk that hangs in a test lags, and nothing else, however slow the machine is.
+        config.cluster.stall_handoff_ms = 300_000;
         config.cluster.stop_deadline_ms = 60_000;
         // Nobody polls here: what has to notice is waited for.
         config.cluster.drain_notice_ms = 50;

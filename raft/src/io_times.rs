@@ -28,9 +28,9 @@ const FSYNCS_KEPT: usize = 1024;
 pub enum Waits {
     /// Somebody does.
     Somebody,
-    /// Somebody does for the next row of a scan: it may lie behind very many that were deleted, which takes time and no
-    /// disk.
-    AScan,
+    /// Somebody does for a row of the tree. The next one of a scan may lie behind very many that were deleted, which takes
+    /// time and no disk; and each read waits while a flush or a compaction names its tables, which takes five syncs.
+    ARow,
     /// Nobody yet: preparing a spare segment, flushing the tree. It may take long on a healthy disk.
     Nobody,
 }
@@ -77,31 +77,21 @@ struct SeriesSeen {
 #[derive(Debug)]
 pub struct Series {
     times: Arc<IoTimes>,
-    /// Another number with each operation; the lowest bits say whether one is under way, and whether it is a scan's.
+    /// Another number with each operation; the lowest bit says whether one is under way.
     count: Arc<AtomicU64>,
 }
 
 const UNDER_WAY: u64 = 1;
-const OF_A_SCAN: u64 = 2;
 
 /// The operation of a series ends when it is dropped.
 #[must_use = "the operation counts as ended when this is dropped"]
 pub struct SeriesGuard<'a>(&'a AtomicU64);
 
 impl Series {
-    /// An operation begins that somebody waits for. Two at the same time count as one of them.
+    /// An operation begins. Two at the same time count as one of them.
     pub fn begin(&self) -> SeriesGuard<'_> {
-        self.begin_as(UNDER_WAY)
-    }
-
-    /// The next row of a scan.
-    pub fn begin_row(&self) -> SeriesGuard<'_> {
-        self.begin_as(UNDER_WAY | OF_A_SCAN)
-    }
-
-    fn begin_as(&self, what: u64) -> SeriesGuard<'_> {
-        let next = (self.count.load(Ordering::Relaxed) | UNDER_WAY | OF_A_SCAN).wrapping_add(1);
-        self.count.store(next | what, Ordering::Relaxed);
+        let next = (self.count.load(Ordering::Relaxed) | UNDER_WAY).wrapping_add(1);
+        self.count.store(next | UNDER_WAY, Ordering::Relaxed);
         SeriesGuard(&self.count)
     }
 }
@@ -186,8 +176,7 @@ impl SeriesSeen {
             _ => now_ms,
         };
         self.seen = Some((count, since_ms));
-        let waits = if count & OF_A_SCAN == 0 { Waits::Somebody } else { Waits::AScan };
-        Some(IoInFlight { operation: self.operation, file: self.file.to_owned(), since_ms, waits })
+        Some(IoInFlight { operation: self.operation, file: self.file.to_owned(), since_ms, waits: Waits::ARow })
     }
 }
 
@@ -267,17 +256,17 @@ mod tests {
         assert_eq!(times.all(), []);
         let look = |now_ms| {
             let found = times.all_series().iter_mut().find_map(|series| series.look(now_ms));
-            found.map(|io| (io.since_ms, io.waits))
+            found.map(|io| io.since_ms)
         };
         let first = reads.begin();
-        assert_eq!((look(100), look(110)), (Some((100, Waits::Somebody)), Some((100, Waits::Somebody))));
+        assert_eq!((look(100), look(110)), (Some(100), Some(100)));
         drop(first);
-        let second = reads.begin_row();
-        assert_eq!(look(120), Some((120, Waits::AScan)), "another operation is none that hangs");
+        let second = reads.begin();
+        assert_eq!(look(120), Some(120), "another operation is none that hangs");
         drop(second);
         assert_eq!(look(130), None);
         let third = reads.begin();
-        assert_eq!(look(140), Some((140, Waits::Somebody)), "nothing of the one before is left");
+        assert_eq!(look(140), Some(140), "nothing of the one before is left");
         assert_eq!(times.oldest().map(|io| (io.operation, io.file)), Some(("read", "kv/tables".into())));
         drop(third);
         drop(reads);

@@ -286,8 +286,8 @@ fn problem(error: MemberError) -> Problem {
         }
         MemberError::Level { .. } => {
             let detail = format!(
-                "{error}. Upgrade what is older and take cluster.feature_level_max out where it holds the level; it rises by \
-                 itself then. Nothing was changed."
+                "{error}. Once nothing holds the level it rises by itself: upgrade what is older, and take out \
+                 cluster.feature_level_max. Nothing was changed."
             );
             Problem::new(Kind::FeatureLevel, detail)
         }

@@ -42,8 +42,8 @@ pub enum FileError {
         /// The cause.
         source: io::Error,
     },
-    /// There was no room, and nothing has changed. Never said by a sync, nor by a write to room taken beforehand: those
-    /// have failed, whatever they say.
+    /// There was no room, or no memory or descriptor left, and nothing has changed. Never said by a sync: that has failed,
+    /// whatever it says.
     #[error("write {}: {source}", path.display())]
     Full {
         /// Which file.
@@ -71,23 +71,20 @@ pub fn replace(path: &Path, lines: &str) -> Result<(), FileError> {
     let text = format!("{lines}{CHECKSUM}{:016x}\n", xxh3_64(lines.as_bytes()));
     let partner = path.with_extension("spare");
     let full = |source| FileError::Full { path: partner.clone(), source };
-    let (file, has_room) = match open_reserved(&partner) {
-        Ok(opened) => opened,
-        Err(error) if is_full(&error) => return Err(full(error)),
+    let file = match open_reserved(&partner) {
+        Ok(file) => file,
+        Err(error) if is_full(&error) || is_short(&error) => return Err(full(error)),
         Err(error) => return Err(io("create", &partner)(error)),
     };
-    let written = match file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64)) {
-        Err(error) if is_full(&error) && !has_room => return Err(full(error)),
-        // Whatever it says: the room was there.
-        Err(error) => Err(io::Error::other(error)),
-        Ok(()) => synced(file.sync_all()),
-    };
-    if let Err(failed) = written {
+    let written = file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64));
+    if let Err(failed) = written.and_then(|()| synced(file.sync_all())) {
         // Nothing is written or synced twice on a file that failed: the next replacement takes a new one.
         if let Err(error) = fs::remove_file(&partner) {
             tracing::warn!(%error, path = %partner.display(), "a file that could not be written stays");
         }
-        return Err(io("write", &partner)(failed));
+        // Room that was taken beforehand is no promise where a file system writes elsewhere what it changes; `synced` has
+        // taken this kind from what a sync says.
+        return Err(if is_full(&failed) { full(failed) } else { io("write", &partner)(failed) });
     }
     drop(file);
     exchange(&partner, path).map_err(io("rename to", path))?;
@@ -99,12 +96,14 @@ pub fn replace(path: &Path, lines: &str) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Opens or makes a file and takes its space beforehand, where the file system can do that: whether it was taken.
-fn open_reserved(path: &Path) -> io::Result<(File, bool)> {
+/// Opens or makes a file and takes its space beforehand, where the file system can do that.
+fn open_reserved(path: &Path) -> io::Result<File> {
     let file = File::options().create(true).truncate(false).write(true).open(path)?;
     // Without room for it the write says so, if it needs any.
-    let has_room = fallocate(&file, FallocateFlags::KEEP_SIZE, 0, RESERVED_BYTES).is_ok();
-    Ok((file, has_room))
+    if let Err(error) = fallocate(&file, FallocateFlags::KEEP_SIZE, 0, RESERVED_BYTES) {
+        tracing::debug!(%error, path = %path.display(), "no room was taken beforehand");
+    }
+    Ok(file)
 }
 
 /// Gives `partner` the name `path`, and what had it before the name of the partner.
@@ -120,6 +119,12 @@ fn exchange(partner: &Path, path: &Path) -> io::Result<()> {
 /// ENOSPC, or a quota.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// No descriptor or no memory: the disk was not asked.
+fn is_short(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
 /// The lines of `path` without the checksum line; `None` when there is no such file.

@@ -25,7 +25,11 @@ use crate::{
     config::Config,
     state::{
         command::{Operation, Outcome},
+        engine::StateRead,
+        keys,
         level::{FEATURE_LEVEL, RaiseLevel},
+        members::MemberBook,
+        permits::Book,
     },
 };
 
@@ -34,6 +38,8 @@ use crate::{
 const LOOK: Duration = Duration::from_secs(1);
 /// How long a node may take to say what it knows.
 const REPLY_MAX: Duration = Duration::from_millis(500);
+/// The same of a node that is no member, or not yet again.
+const STRANGER_REPLY_MAX: Duration = Duration::from_secs(2);
 
 /// What stands for the version of a program that does not know the question.
 const OLDER: &str = "an older program";
@@ -79,7 +85,9 @@ pub async fn ask_about(shared: &Shared, id: u64, name: &str, addr: &str) -> Resu
     }
     let known = id != 0;
     let peer = if known { shared.peers.to(id, addr, Lane::Control) } else { shared.peers.probe(addr) };
-    let said = peer.call(Kind::About.number(), Bytes::new(), REPLY_MAX).await;
+    // A stranger is connected to first.
+    let reply_max = if known { REPLY_MAX } else { STRANGER_REPLY_MAX };
+    let said = peer.call(Kind::About.number(), Bytes::new(), reply_max).await;
     if !known {
         peer.close();
     }
@@ -126,6 +134,18 @@ fn common(members: &[(u64, String, Result<About, String>)]) -> Option<u32> {
     members.iter().map(|(_, _, about)| about.as_ref().ok().map(|about| about.feature_level_max)).min().flatten()
 }
 
+/// Who is on the way in, as this node has applied: the level waits for that one. Blocking, for as long as two rows take.
+pub fn on_its_way(core: &Core) -> Result<Option<String>, String> {
+    let view = core.state.view().ok_or("this node is stopping")?;
+    let row = |key| view.snapshot.get(key).map_err(|e| e.to_string());
+    let permits = Book::decode(row(keys::REBUILD_PERMITS)?.as_deref()).map_err(|e| e.to_string())?;
+    if let Some(held) = permits.permit.filter(|held| view.state.log_time_ms < held.expires_at_ms()) {
+        return Ok(Some(format!("{} is being rebuilt", held.name)));
+    }
+    let members = MemberBook::decode(row(keys::MEMBERS)?.as_deref()).map_err(|e| e.to_string())?;
+    Ok(members.current.map(|intent| format!("the {} of {} goes on", intent.change.word(), intent.name)))
+}
+
 /// The level that this node has applied.
 pub fn here(core: &Core) -> u32 {
     core.published().feature_level
@@ -147,9 +167,10 @@ pub async fn run(shared: Arc<Shared>) {
                 said = why;
             }
             let mut view = shared.view.subscribe();
+            let led = view.borrow().role == Role::Leader;
             tokio::select! {
                 () = tokio::time::sleep(LOOK) => {}
-                _ = view.wait_for(|view| (view.role == Role::Leader) != leads) => {}
+                _ = view.wait_for(|view| (view.role == Role::Leader) != led) => {}
             }
         }
     };
@@ -167,6 +188,15 @@ async fn raise(shared: &Shared, core: &Core) -> Result<(), String> {
     let members = ask_members(shared, &membership).await;
     let held = held_by(here(core) + 1, &members);
     let Some(level) = common(&members).filter(|_| held.is_empty()) else { return Err(held.join("; ")) };
+    // Whoever has become a member meanwhile was not asked. Whoever comes from here on is still on its way when the raise is
+    // applied, which then refuses it.
+    if core.raft_metrics().membership_config.log_id() != membership.log_id() {
+        return Err("the members have just changed".into());
+    }
+    // It would be refused by the same rule; so nobody sees a refusal each second in the log.
+    if let Some(why) = on_its_way(core)? {
+        return Err(why);
+    }
     match propose_op(shared, core, Operation::Level(RaiseLevel { level })).await? {
         Outcome::Applied(_) => {
             tracing::warn!(level, "the cluster's feature level was raised: programs that know less are refused now");
@@ -198,14 +228,18 @@ pub async fn require(shared: &Shared, core: &Core, level: u32) -> Result<(), Str
     if reached { Ok(()) } else { Err(format!("the level is {} after it was raised", here(core))) }
 }
 
-/// Why a node must not be let in, if so: it would be sent a state that it must not open.
+/// Why a node must not be let in, if so: it would be sent a state that it must not open. One that does not answer is
+/// let through: it may have come with another address. Its program refuses the state if it knows less.
 pub async fn keeps_out(shared: &Shared, core: &Core, name: &str, addr: &str) -> Option<String> {
     let level = here(core);
     if level == 0 {
         return None;
     }
     match ask_about(shared, 0, name, addr).await {
-        Err(why) => Some(format!("{name}, which does not say which feature levels it knows ({why})")),
+        Err(why) => {
+            tracing::info!(name, addr, why, "a node that wants in does not say which feature levels it knows");
+            None
+        }
         Ok(about) if about.feature_level_known < level => Some(format!(
             "{name} to be started with a newer program: the cluster has feature level {level}, and its own ({}) knows \
              levels up to {}",

@@ -193,8 +193,9 @@ async fn probe(shared: &Shared, directory: &mut Directory) {
     if own.is_none() {
         let drawn = uuid::Uuid::now_v7().as_u64_pair().1;
         let guest = Arc::new(LocalIdentity::guest(own_cluster, drawn));
-        // Not over the id that it is given meanwhile.
-        shared.local.rcu(|local| if local.node_id == 0 { Arc::clone(&guest) } else { Arc::clone(local) });
+        // Not over the id that it is given meanwhile, and over that of a guest of another cluster only.
+        let stays = |local: &LocalIdentity| local.has_raft_id() || local.cluster_id == own_cluster;
+        shared.local.rcu(|local| if stays(local) { Arc::clone(local) } else { Arc::clone(&guest) });
     }
     for (peer, answer) in answers {
         match answer {

@@ -253,7 +253,9 @@ pub async fn cluster(shared: &Shared) -> ClusterReport {
     let knowing = async {
         match feature_level {
             Some(level) if level < FEATURE_LEVEL => {
-                level::held_by(FEATURE_LEVEL, &level::ask_members(shared, &view.membership).await)
+                let mut held = level::held_by(FEATURE_LEVEL, &level::ask_members(shared, &view.membership).await);
+                held.extend(shared.core.get().and_then(|core| level::on_its_way(core).ok().flatten()));
+                held
             }
             _ => Vec::new(),
         }

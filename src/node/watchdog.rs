@@ -21,8 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Two looks further apart than this mean that the process did not run: it was stopped, or its machine was. That time
 /// says nothing about the disk.
 const PAUSED_MS: u64 = 200;
-/// How many times as long as anything else the next row of a scan may take: several million deleted rows.
-const SCANS_MAY_TAKE: u64 = 4;
+/// How many times as long as anything else a row of the tree may take: several million deleted rows, or five slow syncs.
+const ROWS_MAY_TAKE: u64 = 4;
 /// Pauses that are remembered. More of them within one operation only count as waiting.
 const PAUSES_MAX: usize = 64;
 
@@ -95,7 +95,7 @@ impl Watchdog {
     fn limits_ms(&self, io: &IoInFlight) -> (u64, u64) {
         match io.waits {
             Waits::Somebody => (self.handoff_ms, self.fence_ms),
-            Waits::AScan => (self.handoff_ms.saturating_mul(SCANS_MAY_TAKE).min(self.fence_ms), self.fence_ms),
+            Waits::ARow => (self.handoff_ms.saturating_mul(ROWS_MAY_TAKE).min(self.fence_ms), self.fence_ms),
             Waits::Nobody => (self.fence_ms, self.fence_ms.saturating_mul(2)),
         }
     }
@@ -229,7 +229,7 @@ mod tests {
     fn what_nobody_waits_for_may_take_longer_and_not_for_ever() {
         let said = look(&mut watchdog(), &[io(10, Waits::Nobody)], 10, 60_000);
         assert!(matches!(said[..], [(10_010, Act::Stall(_)), (20_010, Act::Fence(_))]), "{said:?}");
-        let said = look(&mut watchdog(), &[io(10, Waits::AScan)], 10, 60_000);
+        let said = look(&mut watchdog(), &[io(10, Waits::ARow)], 10, 60_000);
         assert!(matches!(said[..], [(2_010, Act::Stall(_)), (10_010, Act::Fence(_))]), "{said:?}");
     }
 

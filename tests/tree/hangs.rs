@@ -37,7 +37,7 @@ fn a_read_that_hangs_is_seen_by_whoever_watches_the_disk() {
     rig.disk.add(hang).unwrap();
     let snapshot = engine.written();
     let hangs_for = |ms| {
-        let is_it = |io: &IoInFlight| (io.operation, io.waits) == ("read", Waits::Somebody);
+        let is_it = |io: &IoInFlight| (io.operation, io.waits) == ("read", Waits::ARow);
         io_times.all().iter().any(|io| is_it(io) && io.age_ms(clock::monotonic_ms()) >= ms)
     };
     std::thread::scope(|threads| {

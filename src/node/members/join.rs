@@ -10,12 +10,13 @@ use super::{book, is_joint};
 use crate::{
     clock,
     node::{
-        core::{Core, Shared},
+        core::{Core, Role, Shared},
         level,
         rebuild::{
             grant::{bounded, members_of, propose_op},
             messages::{Ask, AskReply, Granted, LeaderStep, Refusal, StepReply},
         },
+        status,
     },
     state::{
         command::{MemberCommand, Operation, Outcome},
@@ -59,9 +60,9 @@ pub async fn place(
         Err(why) => return AskReply::Failed(why),
     };
     let mut granted = Granted { permit: None, cluster_id, leader, members: members_of(membership) };
-    let listed = membership.nodes().find(|(_, member)| member.name == name).map(|(_, member)| member.clone());
+    let listed = membership.nodes().find(|(_, member)| member.name == name).map(|(id, member)| (*id, member.clone()));
     let comes = awaited(known.current.clone(), &name);
-    let addr = comes.as_ref().map(|intent| &intent.peer_addr).or(listed.as_ref().map(|member| &member.peer_addr));
+    let addr = comes.as_ref().map(|intent| &intent.peer_addr).or(listed.as_ref().map(|(_, member)| &member.peer_addr));
     if let Some(addr) = addr
         && let Some(why) = level::keeps_out(shared, core, &name, addr).await
     {
@@ -69,7 +70,7 @@ pub async fn place(
     }
     let intent = match (comes, listed) {
         (Some(intent), _) => intent,
-        (None, Some(member)) => match come_again(shared, core, &known, member, &ask).await {
+        (None, Some((id, member))) => match come_again(shared, core, &known, id, member, &ask).await {
             Ok(Some(intent)) => intent,
             Ok(None) => return AskReply::Granted(Box::new(granted)),
             Err(refused) => return refused,
@@ -120,6 +121,7 @@ async fn come_again(
     shared: &Shared,
     core: &Core,
     known: &MemberBook,
+    listed_id: u64,
     member: Member,
     ask: &Ask,
 ) -> Result<Option<Intent>, AskReply> {
@@ -137,6 +139,12 @@ async fn come_again(
     }
     if ask.dry_run {
         return Ok(None);
+    }
+    // Another process under its name must not put it out.
+    let listed = status::ask_status(shared, listed_id, &member.peer_addr).await;
+    if listed.is_ok_and(|status| status.role != Role::Starting.word()) {
+        let why = format!("{name} to end: it still runs under its old id at {}", member.peer_addr);
+        return Err(AskReply::Refused(Refusal::Waits(vec![why])));
     }
     let intent = Intent {
         job: uuid::Uuid::now_v7().as_u128(),

@@ -400,7 +400,13 @@ async fn carry_out(shared: &Shared, request: StepRequest) -> Result<StepReply, S
         return Ok(StepReply::Stale(format!("neither id {} nor id {fresh_id} votes any more", permit.old_id)));
     }
     match step {
-        LeaderStep::Join(member) => join(core, &permit, member).await,
+        LeaderStep::Join(member) => {
+            // At the address that it has now.
+            if let Some(why) = level::keeps_out(shared, core, &name, &member.peer_addr).await {
+                return Ok(StepReply::Failed(format!("waiting for {why}")));
+            }
+            join(core, &permit, member).await
+        }
         LeaderStep::Promote => promote(shared, core, &permit).await,
         LeaderStep::Cancel { .. } => Ok(StepReply::Done),
     }

@@ -101,6 +101,13 @@ impl Snapshot {
         Snapshot { engine, seqno: SeqNo::MAX, registered: false, reads }
     }
 
+    /// A read that the watchdog sees. Not what follows one that failed: to find the damaged table may take long on a disk
+    /// that does not hang.
+    fn seen<T>(&self, read: impl FnOnce() -> T) -> T {
+        let _seen = self.reads.begin();
+        read()
+    }
+
     /// Counts a failed read; damage gets the name of its table and is told to whoever repairs.
     fn noted<T>(
         &self,
@@ -147,8 +154,7 @@ impl StateRead for Snapshot {
         if key.is_empty() || key.len() > super::lsm::KEY_BYTES_MAX {
             return Ok(None); // no such key can exist
         }
-        let _seen = self.reads.begin();
-        let value = caught_read("get", || self.engine.tree.get(key, self.seqno));
+        let value = self.seen(|| caught_read("get", || self.engine.tree.get(key, self.seqno)));
         let value = self.noted(value, |engine| hidden::locate_for_key(&engine.tree, key));
         Ok(value?.map(|value| Bytes::copy_from_slice(&value)))
     }
@@ -161,8 +167,8 @@ impl StateRead for Snapshot {
         if is_empty_range(from, to) {
             return Box::new(std::iter::empty());
         }
-        let _seen = self.reads.begin_row();
-        let rows = caught_read("scan", || Ok(self.engine.tree.range::<&[u8], _>((from, to), self.seqno, None)));
+        let range = || Ok(self.engine.tree.range::<&[u8], _>((from, to), self.seqno, None));
+        let rows = self.seen(|| caught_read("scan", range));
         let begin = from.map(<[u8]>::to_vec);
         match self.noted(rows, |engine| hidden::locate_for_scan(&engine.tree, &begin)) {
             Ok(mut rows) => Box::new(Scan {
@@ -208,8 +214,7 @@ impl Iterator for Scan<'_> {
             return None;
         }
         let at = &self.at;
-        let _seen = self.snapshot.reads.begin_row();
-        let row = caught_read("scan", || (self.next)());
+        let row = self.snapshot.seen(|| caught_read("scan", || (self.next)()));
         match self.snapshot.noted(row, |engine| hidden::locate_for_scan(&engine.tree, at)) {
             Ok(Some((key, value))) => {
                 if let Bound::Included(last) | Bound::Excluded(last) = &mut self.at {

@@ -78,13 +78,16 @@ pub fn replace(path: &Path, lines: &str) -> Result<(), FileError> {
     };
     let written = file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64));
     if let Err(failed) = written.and_then(|()| synced(file.sync_all())) {
+        // Room that was taken beforehand is no promise where a file system writes elsewhere what it changes. `synced` has
+        // taken this kind from what a sync says.
+        if is_full(&failed) {
+            return Err(full(failed));
+        }
         // Nothing is written or synced twice on a file that failed: the next replacement takes a new one.
         if let Err(error) = fs::remove_file(&partner) {
             tracing::warn!(%error, path = %partner.display(), "a file that could not be written stays");
         }
-        // Room that was taken beforehand is no promise where a file system writes elsewhere what it changes; `synced` has
-        // taken this kind from what a sync says.
-        return Err(if is_full(&failed) { full(failed) } else { io("write", &partner)(failed) });
+        return Err(io("write", &partner)(failed));
     }
     drop(file);
     exchange(&partner, path).map_err(io("rename to", path))?;

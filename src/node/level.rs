@@ -134,16 +134,26 @@ fn common(members: &[(u64, String, Result<About, String>)]) -> Option<u32> {
     members.iter().map(|(_, _, about)| about.as_ref().ok().map(|about| about.feature_level_max)).min().flatten()
 }
 
-/// Who is on the way in, as this node has applied: the level waits for that one. Blocking, for as long as two rows take.
-pub fn on_its_way(core: &Core) -> Result<Option<String>, String> {
+/// Who is on the way in, as this node has applied: the level waits for that one. Reads two rows, on a thread that may wait
+/// for the disk.
+pub async fn on_its_way(core: &Core) -> Result<Option<String>, String> {
     let view = core.state.view().ok_or("this node is stopping")?;
-    let row = |key| view.snapshot.get(key).map_err(|e| e.to_string());
-    let permits = Book::decode(row(keys::REBUILD_PERMITS)?.as_deref()).map_err(|e| e.to_string())?;
-    if let Some(held) = permits.permit.filter(|held| view.state.log_time_ms < held.expires_at_ms()) {
-        return Ok(Some(format!("{} is being rebuilt", held.name)));
+    let read = move || {
+        let row = |key| view.snapshot.get(key).map_err(|e| e.to_string());
+        let permits = Book::decode(row(keys::REBUILD_PERMITS)?.as_deref()).map_err(|e| e.to_string())?;
+        let members = MemberBook::decode(row(keys::MEMBERS)?.as_deref()).map_err(|e| e.to_string())?;
+        Ok(coming(&permits, &members, view.state.log_time_ms))
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|e| e.to_string())?
+}
+
+/// Who is on the way in at that log time. Pure.
+fn coming(permits: &Book, members: &MemberBook, log_time_ms: u64) -> Option<String> {
+    if let Some(held) = permits.permit.as_ref().filter(|held| log_time_ms < held.expires_at_ms()) {
+        return Some(format!("{} is being rebuilt", held.name));
     }
-    let members = MemberBook::decode(row(keys::MEMBERS)?.as_deref()).map_err(|e| e.to_string())?;
-    Ok(members.current.map(|intent| format!("the {} of {} goes on", intent.change.word(), intent.name)))
+    let intent = members.current.as_ref()?;
+    Some(format!("the {} of {} goes on", intent.change.word(), intent.name))
 }
 
 /// The level that this node has applied.
@@ -194,7 +204,7 @@ async fn raise(shared: &Shared, core: &Core) -> Result<(), String> {
         return Err("the members have just changed".into());
     }
     // It would be refused by the same rule; so nobody sees a refusal each second in the log.
-    if let Some(why) = on_its_way(core)? {
+    if let Some(why) = on_its_way(core).await? {
         return Err(why);
     }
     match propose_op(shared, core, Operation::Level(RaiseLevel { level })).await? {
@@ -253,6 +263,10 @@ pub async fn keeps_out(shared: &Shared, core: &Core, name: &str, addr: &str) -> 
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::state::{
+        members::{Change, Intent},
+        permits::Permit,
+    };
 
     fn member(name: &str, known: u32, held: u32) -> (u64, String, Result<About, String>) {
         let (name, version) = (name.to_owned(), "0.1.0".to_owned());
@@ -272,6 +286,40 @@ mod tests {
         assert_eq!(held_by(1, &unheard), ["c does not say which levels it knows (no route)"]);
         assert_eq!(common(&unheard), None, "whoever is silent may know nothing");
         assert_eq!(common(&[]), None);
+    }
+
+    #[test]
+    fn the_level_waits_for_whoever_is_on_the_way_in() {
+        let permit = Permit {
+            name: "b".into(),
+            job: 1,
+            old_id: 2,
+            fresh_id: 9,
+            granted_at_ms: 5_000,
+            renewed_at_ms: 5_000,
+            automatic: true,
+        };
+        let expires_at_ms = permit.expires_at_ms();
+        let permits = Book { permit: Some(permit), ..Book::default() };
+        let mut members = MemberBook::default();
+        assert_eq!(coming(&Book::default(), &members, 5_000), None);
+        assert_eq!(coming(&permits, &members, expires_at_ms - 1).as_deref(), Some("b is being rebuilt"));
+        assert_eq!(coming(&permits, &members, expires_at_ms), None, "its id is void");
+        members.current = Some(Intent {
+            job: 1,
+            change: Change::Add { learner: false },
+            name: "d".into(),
+            peer_addr: String::new(),
+            http_addr: String::new(),
+            forced: false,
+            cause: String::new(),
+            began_unix_ms: 0,
+            place: None,
+            leaves: vec![],
+            changing: false,
+            cancelled: false,
+        });
+        assert_eq!(coming(&Book::default(), &members, 0).as_deref(), Some("the member-add of d goes on"));
     }
 
     #[test]

@@ -254,7 +254,11 @@ pub async fn cluster(shared: &Shared) -> ClusterReport {
         match feature_level {
             Some(level) if level < FEATURE_LEVEL => {
                 let mut held = level::held_by(FEATURE_LEVEL, &level::ask_members(shared, &view.membership).await);
-                held.extend(shared.core.get().and_then(|core| level::on_its_way(core).ok().flatten()));
+                if let Some(core) = shared.core.get() {
+                    // The report goes out without it when the disk takes too long.
+                    let coming = tokio::time::timeout(STATUS_REPLY_MAX, level::on_its_way(core)).await;
+                    held.extend(coming.ok().and_then(Result::ok).flatten());
+                }
                 held
             }
             _ => Vec::new(),

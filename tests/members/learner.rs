@@ -1,6 +1,6 @@
 //! A learner stays one: it has everything, answers, and never counts.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use stemedb::{cli::http_client::Call, config::MemberRole};
 
 use super::support::Cluster;
@@ -54,5 +54,38 @@ async fn a_learner_receives_everything_answers_and_never_votes_or_leads() {
     assert_eq!(job["state"], "finished", "{job}");
     cluster.until("the learner to know it", async |c| (c.node(far).health().status == "removed").then_some(())).await;
     cluster.voters(&[0, 1, 2]).await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_process_under_a_learners_name_never_takes_its_place() {
+    let mut cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    let far = cluster.spare("far", MemberRole::Learner).await;
+    cluster.taken(leader, cluster.add(far, "")).await;
+    cluster.until("the learner to be ready", async |c| c.node(far).is_ready().is_ok().then_some(())).await;
+    let jobs = |listed: Value| listed["jobs"].as_array().unwrap().len();
+    let jobs_before = jobs(cluster.taken(leader, Call::get("/v1/admin/jobs")).await);
+
+    // By mistake a second one is started elsewhere, with the same name and nothing in its folder.
+    let other = cluster.spare_in("elsewhere", "far", MemberRole::Learner, |_| {}).await;
+    let waits_for = async |cluster: &Cluster, what: &str| {
+        cluster
+            .until(what, async |c| c.node(other).all_jobs().iter().any(|job| job.detail.contains(what)).then_some(()))
+            .await;
+    };
+    waits_for(&cluster, "far to end: it still runs under its old id").await;
+    // Nor while the first one is being restarted.
+    cluster.stop(far).await;
+    waits_for(&cluster, "far to answer at").await;
+    cluster.write(0, "while it was down").await;
+    cluster.restart(far).await;
+    cluster.until("the learner to be ready again", async |c| c.node(far).is_ready().is_ok().then_some(())).await;
+    waits_for(&cluster, "far to end: it still runs under its old id").await;
+    assert_eq!((cluster.count(far).await, &*cluster.node(far).health().role), (1, "learner"));
+    let listed = cluster.taken(leader, Call::get(super::support::MEMBERS)).await;
+    let of_far: Vec<&Value> = listed["members"].as_array().unwrap().iter().filter(|m| m["name"] == "far").collect();
+    assert!(of_far.len() == 1 && of_far[0]["peer_addr"] == cluster.peer(far).addr, "{listed}");
+    assert_eq!(jobs(cluster.taken(leader, Call::get("/v1/admin/jobs")).await), jobs_before, "nobody came again");
     cluster.stop_all().await;
 }

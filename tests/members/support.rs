@@ -46,6 +46,8 @@ struct Running {
 /// A place for a node.
 struct Seat {
     peer: PeerEntry,
+    /// Name of its folder: another than that of the node where two go by one name.
+    folder: String,
     /// The list in its configuration.
     lists: Vec<PeerEntry>,
     role: MemberRole,
@@ -68,7 +70,8 @@ impl Cluster {
         let mut cluster = Cluster { dir: tempfile::tempdir().unwrap(), seats: vec![], _alone: alone };
         for (peer, (peer_listener, http)) in lists.clone().into_iter().zip(listeners) {
             let (lists, role) = (lists.clone(), MemberRole::Voter);
-            cluster.seats.push(Seat { peer, lists, role, disk: SimDisk::new(), running: None });
+            let folder = peer.name.clone();
+            cluster.seats.push(Seat { peer, folder, lists, role, disk: SimDisk::new(), running: None });
             cluster.start(cluster.seats.len() - 1, peer_listener, http).await;
         }
         cluster.all_ready().await;
@@ -83,12 +86,17 @@ impl Cluster {
 
     /// The same with something in its folder.
     pub async fn spare_with(&mut self, name: &str, role: MemberRole, prepare: impl FnOnce(&Path)) -> usize {
+        self.spare_in(name, name, role, prepare).await
+    }
+
+    /// The same in a folder of another name, for a node that goes by the name of one that there is.
+    pub async fn spare_in(&mut self, folder: &str, name: &str, role: MemberRole, prepare: impl FnOnce(&Path)) -> usize {
         let (mut peers, mut listeners) = cluster_rig::nodes(1).await;
         let (peer, (peer_listener, http)) = (peers.remove(0), listeners.remove(0));
         let peer = PeerEntry { name: name.to_owned(), ..peer };
-        let mut lists: Vec<PeerEntry> = self.seats.iter().map(|seat| seat.peer.clone()).collect();
-        lists.push(peer.clone());
-        self.seats.push(Seat { peer, lists, role, disk: SimDisk::new(), running: None });
+        let others = self.seats.iter().map(|seat| &seat.peer).filter(|other| other.name != name);
+        let lists: Vec<PeerEntry> = others.chain([&peer]).cloned().collect();
+        self.seats.push(Seat { peer, folder: folder.to_owned(), lists, role, disk: SimDisk::new(), running: None });
         let i = self.seats.len() - 1;
         prepare(&self.folder(i));
         self.start(i, peer_listener, http).await;
@@ -96,7 +104,7 @@ impl Cluster {
     }
 
     pub fn folder(&self, i: usize) -> PathBuf {
-        self.dir.path().join(&self.seats[i].peer.name)
+        self.dir.path().join(&self.seats[i].folder)
     }
 
     pub fn name(&self, i: usize) -> &str {
@@ -119,6 +127,7 @@ impl Cluster {
         let seat = &self.seats[i];
         let place = seat.lists.iter().position(|peer| peer.name == seat.peer.name).unwrap();
         let mut config = cluster_rig::config(&seat.lists, place, self.dir.path());
+        config.node.data_dir = self.folder(i);
         // What becomes of a failed voter is for `tests/rebuild`; a learner has no permit to ask for.
         config.cluster.auto_rebuild = seat.role == MemberRole::Learner;
         config.cluster.role = seat.role;

@@ -140,7 +140,15 @@ async fn come_again(
     if ask.dry_run {
         return Ok(None);
     }
-    // Another process under its name must not put it out.
+    // Another process under its name must not put it out, not even while it is down: whoever comes is at its address.
+    let addr = &member.peer_addr;
+    if let Err(why) = level::ask_about(shared, 0, name, addr).await {
+        let why = format!(
+            "{name} to answer at {addr}, where this cluster has it ({why}); one that has moved is removed, and added with \
+             its new address: `stemedb member remove {name}`"
+        );
+        return Err(AskReply::Refused(Refusal::Waits(vec![why])));
+    }
     let listed = status::ask_status(shared, listed_id, &member.peer_addr).await;
     if listed.is_ok_and(|status| status.role != Role::Starting.word()) {
         let why = format!("{name} to end: it still runs under its old id at {}", member.peer_addr);

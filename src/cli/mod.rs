@@ -227,7 +227,7 @@ fn parse<P: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<P, clap:
 /// Says below the help of a command, and of all of its own, what its exit codes mean.
 fn with_exit_codes(command: clap::Command) -> clap::Command {
     if command.get_name() == "wal" {
-        return command;
+        return command.after_help(wal::EXIT_CODES).mut_subcommands(|each| each.after_help(wal::EXIT_CODES));
     }
     command.after_help(EXIT_CODES).mut_subcommands(with_exit_codes)
 }

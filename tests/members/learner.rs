@@ -43,7 +43,22 @@ async fn a_learner_receives_everything_answers_and_never_votes_or_leads() {
     cluster.stop(far).await;
     cluster.empty(far);
     cluster.write(0, "while it had nothing").await;
+    // And lost again and again before it is here: after the second time in a day an operator decides.
+    let folder = cluster.folder(far);
+    for _ in 0..2 {
+        arm(&folder, "rebuild.pulled");
+        cluster.restart(far).await;
+        cluster.until("the learner to fetch", async |_| (!is_armed(&folder)).then_some(())).await;
+        cluster.stop(far).await;
+        cluster.empty(far);
+    }
     cluster.restart(far).await;
+    cluster
+        .until("it to wait for an operator", async |c| {
+            c.node(far).all_jobs().iter().any(|job| job.detail.contains("an operator decides")).then_some(())
+        })
+        .await;
+    cluster.taken(leader, Call::post("/v1/admin/node/rebuild?node=far&wait=false", "")).await;
     cluster.until("the learner to be ready once more", async |c| c.node(far).is_ready().is_ok().then_some(())).await;
     assert_eq!((cluster.count(far).await, &*cluster.node(far).health().role), (4, "learner"));
     cluster

@@ -94,6 +94,17 @@ pub async fn place(
     if ask.dry_run {
         return AskReply::Granted(Box::new(granted));
     }
+    if !ask.automatic {
+        shared.members.forget_ways();
+    } else if intent.cause == CAME_BY_ITSELF {
+        // Each way fetches a checkpoint and takes an id: those of this job count as the jobs before it do.
+        let before = times_today(&known, &name, clock::unix_ms());
+        let more = shared.config.rebuild.automatic_per_day.saturating_sub(before.saturating_add(1));
+        let known_way = intent.place.map(|place| place.node_job);
+        if !shared.members.begins_way(intent.job, ask.job, known_way, more) {
+            return too_often(&name);
+        }
+    }
     let id_max = membership.nodes().map(|(id, _)| *id).max().unwrap_or_default();
     let take = MemberCommand::TakePlace { job: intent.job, node_job: ask.job, id_min: id_max.saturating_add(1) };
     match propose_op(shared, core, Operation::Members(take)).await {
@@ -138,10 +149,7 @@ async fn come_again(
     }
     let times = times_today(known, name, clock::unix_ms());
     if ask.automatic && times >= shared.config.rebuild.automatic_per_day {
-        return Err(AskReply::Refused(Refusal::Operator(format!(
-            "{name} has come again {times} times within a day; an operator decides whether its disk is good enough for \
-             another time (POST /v1/admin/node/rebuild on it, or `stemedb rebuild {name}`)"
-        ))));
+        return Err(too_often(name));
     }
     if ask.dry_run {
         return Ok(None);
@@ -176,6 +184,13 @@ async fn come_again(
         Ok(other) => Err(AskReply::Failed(format!("the order ended with {other:?}"))),
         Err(why) => Err(AskReply::Failed(why)),
     }
+}
+
+fn too_often(name: &str) -> AskReply {
+    AskReply::Refused(Refusal::Operator(format!(
+        "{name} has come again too often within a day; an operator decides whether its disk is good enough for another time \
+         (POST /v1/admin/node/rebuild on it, or `stemedb rebuild {name}`)"
+    )))
 }
 
 /// Whether a core runs at `addr` under that id.

@@ -1,4 +1,4 @@
-//! `stemedb compact NODE` and `stemedb stats NODE`: the tree of one node.
+//! `stemedb compact [NODE]` makes the tree of one node anew; `stemedb stats` shows what the trees of all hold.
 
 use clap::Args;
 

@@ -29,7 +29,7 @@ pub fn flows() -> impl Iterator<Item = &'static str> {
 /// Whether a point is in any list: those above, and those at which a test holds or ends a step within its own process.
 #[cfg(debug_assertions)]
 pub(crate) fn is_known(point: &str) -> bool {
-    let others = [rebuild::fail_point::TREE_POINTS, &engine::receive::STEPS, ANSWERS];
+    let others = [rebuild::fail_point::TREE_POINTS, &engine::receive::STEPS, ANSWERS, flows::FAILOVER_MISSED_POINTS];
     points().chain(flows()).chain(others.into_iter().flatten().copied()).any(|known| known == point)
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use stemedb::node::{
-    flows::{DRAIN_POINTS, FAILOVER_POINTS},
+    flows::{DRAIN_POINTS, FAILOVER_MISSED_POINTS, FAILOVER_POINTS},
     rebuild::fail_point::{arm, is_armed},
 };
 
@@ -54,6 +54,34 @@ async fn a_leader_that_dies_at_any_step_of_a_failover_leaves_a_cluster_that_writ
     for (n, point) in FAILOVER_POINTS.iter().enumerate() {
         let died = die_at(&mut cluster, point, "/v1/admin/failover", json!({})).await;
         cluster.write((died + 1) % 3, &format!("meanwhile-{n}")).await;
+        cluster.restart(died).await;
+        cluster.all_ready().await;
+        for i in 0..3 {
+            assert_eq!(cluster.count(i).await, n + 1, "{point}: node {i}");
+        }
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_leader_that_dies_when_no_candidate_has_taken_over_leaves_a_cluster_that_writes() {
+    if std::env::var_os("STEMEDB_TEST_FULL").is_none_or(|value| value != "1") {
+        eprintln!("each candidate is waited for: with STEMEDB_TEST_FULL=1");
+        return;
+    }
+    let mut cluster = Cluster::new(3).await;
+    for (n, point) in FAILOVER_MISSED_POINTS.iter().enumerate() {
+        let leader = cluster.leader().await;
+        let others = [(leader + 1) % 3, (leader + 2) % 3];
+        // Nobody stands for election without having kept its vote.
+        for i in others {
+            cluster.disk(i).hang_sync("hard-state");
+        }
+        let died = die_at(&mut cluster, point, "/v1/admin/failover", json!({})).await;
+        for i in others {
+            cluster.disk(i).release();
+        }
+        cluster.write(others[0], &format!("meanwhile-{n}")).await;
         cluster.restart(died).await;
         cluster.all_ready().await;
         for i in 0..3 {

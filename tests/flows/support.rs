@@ -68,6 +68,10 @@ impl Cluster {
         cluster
     }
 
+    pub fn disk(&self, i: usize) -> &SimDisk {
+        &self.disks[i]
+    }
+
     pub fn folder(&self, i: usize) -> PathBuf {
         self.dir.path().join(&self.peers[i].name)
     }

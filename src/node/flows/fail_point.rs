@@ -31,6 +31,9 @@ pub const UNDRAIN_POINTS: &[&str] = &["undrain.persist", "undrain.open"];
 /// The points of a failover, in the order of the flow.
 pub const FAILOVER_POINTS: &[&str] = &["failover.trigger", "failover.await", "failover.confirm", "failover.done"];
 
+/// The same where no candidate has taken over: passed only when all of them hang, which `tests/flows/killed.rs` arranges.
+pub const FAILOVER_MISSED_POINTS: &[&str] = &["failover.await_election"];
+
 /// The point before a step; `None` before one that does nothing.
 pub fn of_drain(step: drain::Step) -> Option<&'static str> {
     use drain::Step;
@@ -47,7 +50,7 @@ pub fn of_drain(step: drain::Step) -> Option<&'static str> {
     })
 }
 
-/// The point before a step; `None` before one that happens only when something goes wrong.
+/// The point before a step; `None` before the end of one that was given up.
 pub fn of_failover(step: failover::Step) -> Option<&'static str> {
     use failover::Step;
     Some(match step {
@@ -55,7 +58,8 @@ pub fn of_failover(step: failover::Step) -> Option<&'static str> {
         Step::Await => "failover.await",
         Step::Confirm => "failover.confirm",
         Step::Done => "failover.done",
-        Step::AwaitElection | Step::GiveUp => return None,
+        Step::AwaitElection => "failover.await_election",
+        Step::GiveUp => return None,
     })
 }
 

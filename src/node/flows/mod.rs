@@ -8,7 +8,8 @@
 //!
 //! A drain belongs to the process and not to an incarnation of the node: a rebuild does not end it. It is told to the
 //! others with this node's status, and the order outlasts a restart only if that was asked for (`mark`). Jobs are
-//! forgotten with their process: a flow whose node dies has no other state than leadership, which an election moves.
+//! forgotten with their process (decision 14): a flow whose node dies has no other state than leadership, which an
+//! election moves.
 
 mod board;
 mod compact;
@@ -28,7 +29,7 @@ use crate::admin::{
     failover::Refusal,
 };
 
-pub use self::fail_point::{DRAIN_POINTS, FAILOVER_POINTS, UNDRAIN_POINTS};
+pub use self::fail_point::{DRAIN_POINTS, FAILOVER_MISSED_POINTS, FAILOVER_POINTS, UNDRAIN_POINTS};
 pub use self::{
     board::{Board, NotCancelled},
     compact::order_compact,

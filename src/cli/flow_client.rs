@@ -214,7 +214,7 @@ pub async fn follow(mut client: Client, endpoints: &[Endpoint], answer: &Answer,
 }
 
 /// Another endpoint than this one, if there is another.
-fn next_endpoint(endpoints: &[Endpoint], known: &Endpoint) -> Endpoint {
+pub(super) fn next_endpoint(endpoints: &[Endpoint], known: &Endpoint) -> Endpoint {
     let place = endpoints.iter().position(|endpoint| endpoint == known).map_or(0, |place| place + 1);
     endpoints.iter().cycle().nth(place).unwrap_or(known).clone()
 }

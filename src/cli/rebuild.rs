@@ -9,6 +9,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
+use super::flow_client::next_endpoint;
 use super::http_client::{Call, Client, Endpoint, encode_query};
 use super::{CliError, EndpointArgs, output};
 
@@ -75,7 +76,7 @@ pub async fn run(args: &RebuildArgs) -> Result<(), CliError> {
     let query = format!("node={}", encode_query(&args.node));
     let order = Call::post(format!("/v1/admin/node/rebuild?{query}&wait=false"), body);
     let mut errors = Vec::new();
-    for way in ways {
+    for way in &ways {
         let mut client = Client::new(way.clone());
         let answer = match client.call(&order, CALL_TIMEOUT).await {
             Ok(answer) => answer,
@@ -93,7 +94,7 @@ pub async fn run(args: &RebuildArgs) -> Result<(), CliError> {
             return Err(CliError::Refused(answer.describe()));
         }
         let job: Job = answer.json().map_err(CliError::Unreachable)?;
-        return follow(&mut client, &query, job, args.json).await;
+        return follow(client, &ways, &query, job, args.json).await;
     }
     Err(CliError::Unreachable(format!("{} could not be told to rebuild: {}", args.node, errors.join("; "))))
 }
@@ -120,7 +121,8 @@ async fn ways_to(args: &RebuildArgs) -> Result<Vec<Endpoint>, CliError> {
     Ok(given)
 }
 
-async fn follow(client: &mut Client, query: &str, mut job: Job, json: bool) -> Result<(), CliError> {
+/// Through any node that answers.
+async fn follow(mut client: Client, ways: &[Endpoint], query: &str, mut job: Job, json: bool) -> Result<(), CliError> {
     let bar = ProgressBar::new(0);
     let shape = "{msg:.bold} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}";
     bar.set_style(ProgressStyle::with_template(shape).unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -144,6 +146,7 @@ async fn follow(client: &mut Client, query: &str, mut job: Job, json: bool) -> R
             Err(error) if silent < SILENCE_MAX => {
                 silent += 1;
                 bar.set_message(format!("no answer ({error})"));
+                client = Client::new(next_endpoint(ways, client.endpoint()));
             }
             Err(error) => {
                 bar.abandon();

@@ -115,25 +115,27 @@ impl ConnectionHandler for Connection {
             }
             _ => {}
         }
+        // What a node needs to pass on the requests of its clients: it promises nothing to that node.
+        let promises = !matches!(kind, Kind::Status | Kind::Forward | Kind::ReadIndex);
         if is_guest(self.hello.node_id) {
-            return match kind {
-                // What it needs to pass on the requests of its clients. Nothing about it is remembered.
-                Kind::Status | Kind::Forward | Kind::ReadIndex => self.handle(shared, kind, body),
-                _ => now(Err(refused("the sender has no place in this cluster yet"))),
+            return match promises {
+                // Nothing about it is remembered.
+                false => self.handle(shared, kind, body),
+                true => now(Err(refused("the sender has no place in this cluster yet"))),
             };
         }
-        // The boot count must be durable here before anything is promised to its bearer.
-        let boot = match self.process.boots.observe(self.hello.node_id, self.hello.boot) {
-            Ok(version) => version,
-            Err(stale) => return now(Err(Refusal::new(code::STALE_BOOT, stale.to_string()))),
-        };
+        let (sender, boot) = (self.hello.node_id, self.hello.boot);
+        if let Err(stale) = self.process.boots.observe(sender, boot) {
+            return now(Err(Refusal::new(code::STALE_BOOT, stale.to_string())));
+        }
         let handled = self.handle(Arc::clone(&shared), kind, body);
-        if self.process.boots.is_saved(boot) {
+        // The boot must be durable here before anything is promised to its bearer; that of no other node (see `boots`).
+        if !promises || self.process.boots.is_saved(sender, boot) {
             return handled;
         }
         async move {
-            // Not `refused`: the request is in Raft's queue or the proposer's by now.
-            shared.boots.wait_saved(boot).await.map_err(failed)?;
+            // Not `refused`: the request is in Raft's queue by now.
+            shared.boots.wait_saved(sender, boot).await.map_err(failed)?;
             handled.await
         }
         .boxed()

@@ -99,7 +99,7 @@ pub async fn submit(
     });
     let not_applied = |status, detail| SubmitError::NotApplied { status, detail, retry_after_s: RETRY_AFTER_S };
     let place = shared.park.enter(command_bytes(&command)).map_err(|detail| not_applied(429, detail))?;
-    let mut life = Life::new(shared.log_time_ms(), window_ms);
+    let mut life = Life::new(shared.command_log_time_ms(), window_ms);
     let mut view = shared.view.subscribe();
     let mut asked: Option<LeaderInfo> = None;
     let mut event = Event::Go;
@@ -109,7 +109,7 @@ pub async fn submit(
         let leader = view.borrow_and_update().leader_key();
         let mut attempt = None;
         let mut pause = None;
-        match life.next(event, leader, shared.log_time_ms()) {
+        match life.next(event, leader, shared.command_log_time_ms()) {
             Step::Wait => {}
             Step::Pause { ms } => pause = Some(Duration::from_millis(ms)),
             Step::Send { to, resend_until_ms } => {
@@ -145,6 +145,10 @@ pub async fn submit(
             },
             () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Go,
         };
+        if let Event::Ended(AttemptEnd::Expired { log_time_ms }) = &event {
+            // The commands after this one shall not be late to begin with.
+            shared.hear_log_time(*log_time_ms);
+        }
     }
 }
 

@@ -261,7 +261,7 @@ impl Run {
                 let limit = Duration::from_millis(self.process.config.cluster.request_deadline_ms) + REQUESTS_MARGIN;
                 let waited = job.cancel().run_until_cancelled(timeout(limit, before.wait())).await;
                 if let Some(Err(_)) = waited {
-                    tracing::warn!(requests = before.len(), "requests did not end in time; the drain goes on");
+                    tracing::warn!(requests = before.count(), "requests did not end in time; the drain goes on");
                 }
                 self.busy = waited.is_none();
             }

@@ -41,13 +41,15 @@ pub const PASSED_ON_MAX: usize = 8;
 pub struct Asked {
     uri: Uri,
     passed_on: bool,
+    balanced: bool,
 }
 
 impl<S: Sync> FromRequestParts<S> for Asked {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
-        Ok(Asked { uri: parts.uri.clone(), passed_on: parts.headers.contains_key(PASSED_ON) })
+        let balanced = headers::came_through_balancer(&parts.headers);
+        Ok(Asked { uri: parts.uri.clone(), passed_on: parts.headers.contains_key(PASSED_ON), balanced })
     }
 }
 
@@ -55,6 +57,11 @@ impl Asked {
     /// Whether another node asks in place of its client.
     pub fn was_passed_on(&self) -> bool {
         self.passed_on
+    }
+
+    /// Whether it came straight from a load balancer, which can ask another node.
+    pub fn is_balanced(&self) -> bool {
+        self.balanced && !self.passed_on
     }
 }
 

@@ -39,6 +39,8 @@ struct Waiting {
     end: oneshot::Sender<AttemptEnd>,
 }
 
+type Queue = mpsc::UnboundedSender<Waiting>;
+
 /// The tasks, one for each node that was a leader. Cheap to clone.
 #[derive(Clone)]
 pub struct Forwarders {
@@ -51,7 +53,7 @@ struct Inner {
     reply_max: Duration,
     /// Address and queue for each Raft id, and for what it is asked. The queues are unbounded as channels: every
     /// command in them holds a place in the park of this node.
-    queues: Mutex<HashMap<(u64, Kind), (String, mpsc::UnboundedSender<Waiting>)>>,
+    queues: Mutex<HashMap<(u64, Kind), (String, Queue)>>,
 }
 
 impl Forwarders {

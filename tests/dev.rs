@@ -73,6 +73,13 @@ fn help_documents_the_exit_codes() {
         assert!(out.contains(&format!("  {command} ")), "{command}: {out}");
         assert_eq!(output(&[command, "--help"]).0, 0, "{command}");
     }
+    for command in [&["drain", "--help"][..], &["member", "replace", "--help"]] {
+        let (code, out, _) = output(command);
+        assert!(code == 0 && out.contains("Exit codes: 0 done"), "{command:?}: {out}");
+    }
+    // It has its own.
+    let (_, out, _) = output(&["wal", "--help"]);
+    assert!(out.contains("0 clean or done; 1 damaged") && !out.contains("Exit codes: 0 done;"), "{out}");
 }
 
 #[test]

@@ -115,6 +115,13 @@ struct Managed {
 
 impl Managed {
     fn start(dir: &Path, node: &NodePlan, set: &[&str]) -> Managed {
+        let managed = Self::begin(dir, node, set);
+        managed.hears("READY=1");
+        managed.hears("STATUS=ok: leader");
+        managed
+    }
+
+    fn begin(dir: &Path, node: &NodePlan, set: &[&str]) -> Managed {
         let socket = dir.join("notify");
         let manager = UnixDatagram::bind(&socket).unwrap();
         manager.set_read_timeout(Some(READY)).unwrap();
@@ -122,10 +129,7 @@ impl Managed {
         server.args(["serve", "--config", node.config_file().to_str().unwrap()]);
         server.args(set.iter().flat_map(|set| ["--set", set]));
         server.env("NOTIFY_SOCKET", &socket).stdin(Stdio::null()).stderr(Stdio::null());
-        let managed = Managed { server: server.spawn().unwrap(), manager };
-        managed.hears("READY=1");
-        managed.hears("STATUS=ok: leader");
-        managed
+        Managed { server: server.spawn().unwrap(), manager }
     }
 
     fn hears(&self, wanted: &str) {
@@ -165,6 +169,31 @@ fn the_service_manager_hears_of_the_start_and_of_the_stop() {
     managed.terminate();
     managed.hears("STOPPING=1");
     assert!(managed.ends().success());
+}
+
+#[tokio::test]
+async fn a_server_that_is_still_starting_stops_when_it_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut cluster, node) = one_node(dir.path());
+    cluster.start_all().unwrap();
+    cluster.wait_ready(READY).await.unwrap();
+    // It waits for the folder that the first one has.
+    let port = free_port(1).unwrap();
+    let set = [
+        format!("http.listen=127.0.0.1:{port}"),
+        format!("cluster.peer_listen=127.0.0.1:{}", port + 100),
+        "storage.lock_timeout_ms=600000".to_owned(),
+    ];
+    let mut managed = Managed::begin(dir.path(), &node, &set.each_ref().map(String::as_str));
+    while std::net::TcpStream::connect(("127.0.0.1", port + 100)).is_err() {
+        assert_eq!(managed.server.try_wait().unwrap(), None, "it ended by itself");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    managed.terminate();
+    managed.hears("STOPPING=1");
+    assert!(managed.ends().success());
+    cluster.wait_ready(READY).await.unwrap();
+    cluster.stop_all().await.unwrap();
 }
 
 #[test]

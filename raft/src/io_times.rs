@@ -4,12 +4,16 @@
 //! So whoever changes a file registers the operation before and takes it back after ([`guard`]); the lock that
 //! guards the list is never held across I/O. One [`IoTimes`] serves a whole process: the log registers here by
 //! itself, the tree, checkpoints and identity files do so with [`guard`]. Reads of the tree are too many for a list: each
-//! reader has a [`Series`] and counts in it, and whoever looks twice and finds the same count knows that it hangs.
+//! thread counts its own ([`IoTimes::row`]), and whoever looks twice and finds the same count of a thread knows that its
+//! read hangs. Per thread, because a thread reads one row at a time: of a count that readers share, a read from memory
+//! that ends would hide another one that hangs.
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
+    rc::Rc,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -60,51 +64,44 @@ impl IoInFlight {
 pub struct IoTimes {
     running: Mutex<Vec<(u64, IoInFlight)>>,
     next: AtomicU64,
-    series: Mutex<Vec<SeriesSeen>>,
+    threads: Mutex<Vec<ThreadSeen>>,
 }
 
-/// A series as it was last looked at.
+/// Reads of rows by one thread, as they were last looked at.
 #[derive(Debug)]
-struct SeriesSeen {
+struct ThreadSeen {
+    /// The thread holds it too, as long as it lives.
     count: Arc<AtomicU64>,
     operation: &'static str,
     file: &'static str,
-    /// The count that was seen while something was under way, and since when.
+    /// The count that was seen while a read was under way, and since when.
     seen: Option<(u64, u64)>,
 }
 
-/// Short operations of one reader, one after the other. Each costs two stores and no clock.
-#[derive(Debug)]
-pub struct Series {
-    times: Arc<IoTimes>,
-    /// Another number with each operation; the lowest bit says whether one is under way.
-    count: Arc<AtomicU64>,
-}
+/// What a thread counts in: another number with each read; the lowest bit says whether one is under way.
+type RowCount = Rc<Arc<AtomicU64>>;
 
 const UNDER_WAY: u64 = 1;
 
-/// The operation of a series ends when it is dropped.
-#[must_use = "the operation counts as ended when this is dropped"]
-pub struct SeriesGuard<'a>(&'a AtomicU64);
-
-impl Series {
-    /// An operation begins. Two at the same time count as one of them.
-    pub fn begin(&self) -> SeriesGuard<'_> {
-        let next = (self.count.load(Ordering::Relaxed) | UNDER_WAY).wrapping_add(1);
-        self.count.store(next | UNDER_WAY, Ordering::Relaxed);
-        SeriesGuard(&self.count)
-    }
+thread_local! {
+    /// The counts of this thread: one for each process's worth of [`IoTimes`], of which there are several in tests only.
+    static ROW_COUNTS: RefCell<Vec<(Weak<IoTimes>, RowCount)>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Drop for SeriesGuard<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_and(!UNDER_WAY, Ordering::Relaxed);
-    }
+/// The read of a row ends when it is dropped. It does not leave its thread.
+#[must_use = "the read counts as ended when this is dropped"]
+pub struct RowGuard {
+    /// `None`: the thread is ending, and counts no more.
+    count: Option<RowCount>,
+    /// A read within a read: that one goes on.
+    within: bool,
 }
 
-impl Drop for Series {
+impl Drop for RowGuard {
     fn drop(&mut self) {
-        self.times.all_series().retain(|seen| !Arc::ptr_eq(&seen.count, &self.count));
+        if let Some(count) = self.count.as_ref().filter(|_| !self.within) {
+            count.fetch_and(!UNDER_WAY, Ordering::Relaxed);
+        }
     }
 }
 
@@ -134,16 +131,38 @@ impl IoTimes {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A series of operations like `read` of `kv/tables`.
-    pub fn series(self: &Arc<Self>, operation: &'static str, file: &'static str) -> Series {
-        let count = Arc::<AtomicU64>::default();
-        self.all_series().push(SeriesSeen { count: Arc::clone(&count), operation, file, seen: None });
-        Series { times: Arc::clone(self), count }
+    /// This thread reads a row, until the answer is dropped: for example `read` of `kv/tables`. Costs a few steps in
+    /// what the thread alone uses; only the first one of a thread takes a lock.
+    pub fn row(self: &Arc<Self>, operation: &'static str, file: &'static str) -> RowGuard {
+        let Some(count) = self.row_count(operation, file) else { return RowGuard { count: None, within: false } };
+        // Nobody else writes it.
+        let last = count.load(Ordering::Relaxed);
+        count.store((last | UNDER_WAY).wrapping_add(1) | UNDER_WAY, Ordering::Relaxed);
+        RowGuard { count: Some(count), within: last & UNDER_WAY != 0 }
     }
 
-    fn all_series(&self) -> MutexGuard<'_, Vec<SeriesSeen>> {
+    /// The count of this thread.
+    fn row_count(self: &Arc<Self>, operation: &'static str, file: &'static str) -> Option<RowCount> {
+        let counts = ROW_COUNTS.try_with(|counts| {
+            let mut counts = counts.borrow_mut();
+            if let Some((_, count)) = counts.iter().find(|(times, _)| std::ptr::eq(times.as_ptr(), Arc::as_ptr(self))) {
+                return Rc::clone(count);
+            }
+            counts.retain(|(times, _)| times.strong_count() > 0);
+            let count = Arc::<AtomicU64>::default();
+            let mut threads = self.all_threads();
+            threads.retain(ThreadSeen::lives);
+            threads.push(ThreadSeen { count: Arc::clone(&count), operation, file, seen: None });
+            let count = Rc::new(count);
+            counts.push((Arc::downgrade(self), Rc::clone(&count)));
+            count
+        });
+        counts.ok()
+    }
+
+    fn all_threads(&self) -> MutexGuard<'_, Vec<ThreadSeen>> {
         // As with `running`.
-        self.series.lock().unwrap_or_else(PoisonError::into_inner)
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The operation that has been going on for the longest time, those that somebody waits for first.
@@ -151,19 +170,25 @@ impl IoTimes {
         self.all().into_iter().min_by_key(|io| (io.waits, io.since_ms))
     }
 
-    /// Everything that is under way, in no order. Of a series: since it was first seen so.
+    /// Everything that is under way, in no order. Of the read of a row: since it was first seen so.
     pub fn all(&self) -> Vec<IoInFlight> {
         let mut all: Vec<IoInFlight> = self.running().iter().map(|(_, io)| io.clone()).collect();
-        let mut series = self.all_series();
-        if !series.is_empty() {
+        let mut threads = self.all_threads();
+        if !threads.is_empty() {
             let now_ms = monotonic_ms();
-            all.extend(series.iter_mut().filter_map(|series| series.look(now_ms)));
+            threads.retain(ThreadSeen::lives);
+            all.extend(threads.iter_mut().filter_map(|thread| thread.look(now_ms)));
         }
         all
     }
 }
 
-impl SeriesSeen {
+impl ThreadSeen {
+    /// Whether the thread has not ended. One that hangs has not.
+    fn lives(&self) -> bool {
+        Arc::strong_count(&self.count) > 1
+    }
+
     /// What is under way at `now_ms`.
     fn look(&mut self, now_ms: u64) -> Option<IoInFlight> {
         let count = self.count.load(Ordering::Relaxed);
@@ -249,28 +274,48 @@ mod tests {
         assert_eq!(times.oldest(), None);
     }
 
+    const ROW: (&str, &str) = ("read", "kv/tables");
+
+    /// Since when each read of a row is seen, looked at then.
+    fn look(times: &IoTimes, now_ms: u64) -> Vec<u64> {
+        let mut threads = times.all_threads();
+        threads.iter_mut().filter_map(|thread| thread.look(now_ms)).map(|io| io.since_ms).collect()
+    }
+
     #[test]
-    fn a_series_hangs_when_two_looks_find_the_same_operation() {
+    fn a_row_hangs_when_two_looks_find_the_same_read() {
         let times = Arc::new(IoTimes::default());
-        let reads = times.series("read", "kv/tables");
         assert_eq!(times.all(), []);
-        let look = |now_ms| {
-            let found = times.all_series().iter_mut().find_map(|series| series.look(now_ms));
-            found.map(|io| io.since_ms)
-        };
-        let first = reads.begin();
-        assert_eq!((look(100), look(110)), (Some(100), Some(100)));
+        let first = times.row(ROW.0, ROW.1);
+        assert_eq!((look(&times, 100), look(&times, 110)), (vec![100], vec![100]));
         drop(first);
-        let second = reads.begin();
-        assert_eq!(look(120), Some(120), "another operation is none that hangs");
+        let second = times.row(ROW.0, ROW.1);
+        assert_eq!(look(&times, 120), [120], "another read is none that hangs");
         drop(second);
-        assert_eq!(look(130), None);
-        let third = reads.begin();
-        assert_eq!(look(140), Some(140), "nothing of the one before is left");
-        assert_eq!(times.oldest().map(|io| (io.operation, io.file)), Some(("read", "kv/tables".into())));
+        assert_eq!(look(&times, 130), []);
+        let third = times.row(ROW.0, ROW.1);
+        assert_eq!(look(&times, 140), [140], "nothing of the one before is left");
+        drop(times.row(ROW.0, ROW.1));
+        assert_eq!(look(&times, 150), [150], "the end of a read within it does not end it");
+        assert_eq!(times.oldest().map(|io| (io.operation, io.file)), Some((ROW.0, ROW.1.into())));
+        assert_eq!(look(&Arc::default(), 150), [], "nor is it of another process's disk");
         drop(third);
-        drop(reads);
-        assert_eq!(times.all_series().len(), 0);
+        assert_eq!(times.all(), []);
+    }
+
+    #[test]
+    fn reads_of_other_threads_do_not_hide_one_that_hangs() {
+        let times = Arc::new(IoTimes::default());
+        let hangs = times.row(ROW.0, ROW.1);
+        for now_ms in [100, 110, 120] {
+            let of_another = Arc::clone(&times);
+            std::thread::spawn(move || drop(of_another.row(ROW.0, ROW.1))).join().expect("it ends well");
+            assert_eq!(look(&times, now_ms), [100]);
+        }
+        assert_eq!(times.all().len(), 1);
+        assert_eq!(times.all_threads().len(), 1, "threads that have ended are forgotten");
+        drop(hangs);
+        assert_eq!(times.all(), []);
     }
 
     #[test]

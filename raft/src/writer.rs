@@ -104,6 +104,8 @@ pub struct Writer {
     last_crc: u32,
     /// Something was made durable since the last mark.
     mark_due: bool,
+    /// The committed end that the last mark says.
+    committed_end_marked: u64,
     _lock: Box<dyn FolderLock>,
 }
 
@@ -136,6 +138,7 @@ impl Writer {
             written_end,
             last_crc,
             mark_due: false,
+            committed_end_marked: 0,
             _lock: lock,
         };
         match tail {
@@ -233,6 +236,9 @@ impl Writer {
                     let _gone = reply.send(done);
                 }
                 Job::Close(reply) => {
+                    // An idle log does not mark anew for what it learns to be committed. A log at rest says all of it: it may
+                    // be the only source of a tree.
+                    self.mark_due |= self.shared.committed_end() > self.committed_end_marked;
                     let done = self.check().and_then(|()| self.mark());
                     answer(reply, done);
                     return true;
@@ -368,6 +374,7 @@ impl Writer {
         let bytes = mark.encode(current.header.identity);
         file.write_at(&bytes, at).and_then(|()| file.sync_data()).map_err(|e| self.failed("mark", &e))?;
         self.mark_due = false;
+        self.committed_end_marked = mark.committed_end;
         Ok(())
     }
 

@@ -5,7 +5,8 @@
 //!  replace  AwaitJoin ─► AwaitLog ─► Leave? ─► Announce ─► Change (the one in, the other out) ─► Finish
 //!  remove                            Leave? ─► Announce ─► Change ─► Finish
 //!             │ cancelled: TakeOut? ─► Undone     │ a node has failed meanwhile
-//!             ▼                                   └► Withdraw, AwaitQuorum
+//!             ▼ ▲                                 └► Withdraw, AwaitQuorum
+//!            GiveUp: a learner that was to come again is at work as before
 //! ```
 //!
 //! The intent is replicated state (`state::members`), and the members are Raft's. So the step follows from those two and
@@ -64,6 +65,8 @@ pub struct View {
     pub joined: bool,
     /// It is a learner under an id that it was given before and has given up.
     pub left_over: bool,
+    /// It was to come again, and is at work under the id that it had before.
+    pub at_work: bool,
     /// It has nearly all of it.
     pub near: bool,
     /// It votes.
@@ -81,6 +84,8 @@ pub struct View {
 pub enum Step {
     /// Wait until the node that comes asks for the log.
     AwaitJoin,
+    /// Note that it does not come: it has gone back to work as it was.
+    GiveUp,
     /// Wait until it has nearly all of it.
     AwaitLog,
     /// Wait until enough voters work.
@@ -108,6 +113,7 @@ impl Step {
     pub fn word(self) -> &'static str {
         match self {
             Step::AwaitJoin => "waiting for the node to fetch a checkpoint and to join",
+            Step::GiveUp => "giving up: the node is at work as before",
             Step::AwaitLog => "catching up",
             Step::AwaitQuorum => "waiting for enough working voters",
             Step::Leave => "handing over leadership",
@@ -143,7 +149,8 @@ pub fn next(view: &View) -> Step {
         return if (view.joined && !view.votes) || view.left_over { Step::TakeOut } else { Step::Undone };
     }
     if view.kind != Kind::Remove && !view.joined {
-        return Step::AwaitJoin;
+        let gave_up = view.at_work && view.kind == Kind::Add && view.learner;
+        return if gave_up && !view.changing { Step::GiveUp } else { Step::AwaitJoin };
     }
     if view.kind != Kind::Remove && !view.near && !view.votes {
         return if view.changing { Step::Withdraw } else { Step::AwaitLog };

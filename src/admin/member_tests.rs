@@ -7,7 +7,7 @@ use super::*;
 
 fn views() -> impl Iterator<Item = View> {
     [Kind::Add, Kind::Replace, Kind::Remove].into_iter().flat_map(|kind| {
-        (0..2048u32).map(move |bits| View {
+        (0..4096u32).map(move |bits| View {
             kind,
             learner: bits & 1 != 0,
             changing: bits & 2 != 0,
@@ -20,6 +20,7 @@ fn views() -> impl Iterator<Item = View> {
             old_leads: bits & 256 != 0,
             safe: bits & 512 != 0,
             left_over: bits & 1024 != 0,
+            at_work: bits & 2048 != 0,
         })
     })
 }
@@ -59,6 +60,10 @@ fn every_view_keeps_the_rules() {
                 assert!(view.old_leads && view.safe, "{view:?}");
                 assert!(!view.cancelled || view.changing, "{view:?}");
             }
+            Step::GiveUp => {
+                assert!(view.at_work && !view.joined && !view.cancelled && !view.changing, "{view:?}");
+                assert!(view.kind == Kind::Add && view.learner, "no voter stays away for good: {view:?}");
+            }
             Step::AwaitJoin | Step::AwaitLog | Step::AwaitQuorum => {
                 assert!(!view.cancelled || view.changing, "what is cancelled does not wait: {view:?}");
             }
@@ -71,6 +76,7 @@ fn every_view_keeps_the_rules() {
 fn done(view: &mut View, step: Step) {
     match step {
         Step::AwaitJoin => view.joined = true,
+        Step::GiveUp => view.cancelled = true,
         Step::AwaitLog => view.near = true,
         Step::AwaitQuorum => view.safe = true,
         Step::Leave => view.old_leads = false,
@@ -120,6 +126,8 @@ fn what_goes_well_takes_each_step_once_in_order() {
     assert_eq!(walk(View { joined: true, near: true, ..cancelled }), [TakeOut, Undone]);
     // It had joined, started over under another id, and has not joined under that.
     assert_eq!(walk(View { left_over: true, ..cancelled }), [TakeOut, Undone]);
+    // A learner was to come again, and has gone back to work: it is not taken out, and not waited for.
+    assert_eq!(walk(View { learner: true, at_work: true, ..add }), [GiveUp, Undone]);
     assert_eq!(
         walk(View { left_over: true, ..add }),
         [AwaitJoin, AwaitLog, Announce, Change, Complete, TakeOut, Finish]
@@ -206,6 +214,8 @@ struct Model {
     cancelled: bool,
     forced: bool,
     left_over: bool,
+    /// A learner that was to come again has gone back to work.
+    at_work: bool,
     over: Option<Step>,
 }
 
@@ -242,6 +252,7 @@ impl Model {
             old_leads: self.kind != Kind::Add && self.leader == "a",
             safe: self.outlook().refusal(self.kind, self.forced).is_none(),
             left_over: self.left_over,
+            at_work: self.at_work && !self.joined,
         }
     }
 
@@ -258,6 +269,7 @@ impl Model {
                 let next = self.voters.iter().find(|name| *name != "a" && !self.down.contains(*name)).cloned();
                 self.leader = next.unwrap_or_else(|| "a".to_owned());
             }
+            Step::GiveUp => self.cancelled = true,
             Step::Announce => self.changing = true,
             Step::Withdraw => self.changing = false,
             Step::Change => {
@@ -284,13 +296,14 @@ impl Model {
     fn chance(&mut self, rng: &mut StdRng) {
         let names = ["a", "b", "c", "d", "e", "x"];
         let name = names.get(rng.random_range(0..names.len())).unwrap().to_string();
-        match rng.random_range(0..8) {
+        match rng.random_range(0..9) {
             0 => drop(self.down.insert(name)),
             1 | 2 => drop(self.down.remove(&name)),
             3 if self.voters.contains(&name) && !self.down.contains(&name) => self.leader = name,
             4 if self.kind != Kind::Remove && !self.cancelled => self.joined = true,
             5 if self.joined => self.near = rng.random(),
             6 if !self.changing && rng.random_range(0..6) == 0 => self.cancelled = true,
+            8 => self.at_work = rng.random(),
             // It starts over under another id.
             7 if self.joined
                 && !self.changing
@@ -325,6 +338,7 @@ fn whoever_fails_and_whoever_leads_it_ends_and_never_gives_a_quorum_away() {
             cancelled: false,
             forced: rng.random(),
             left_over: false,
+            at_work: false,
             over: None,
         };
         // What would be refused is not begun.

@@ -9,7 +9,7 @@ use std::{convert::Infallible, time::Duration};
 use axum::{
     body::Body,
     extract::FromRequestParts,
-    http::{HeaderName, HeaderValue, Method, Request, Uri, header, request::Parts},
+    http::{HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header, request::Parts},
     response::Response,
 };
 use http_body_util::{BodyExt, Full, Limited};
@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Api, headers};
+use super::{Api, headers, problem::Kind};
 
 /// In a request that was passed on: the name of the node that did it.
 const PASSED_ON: HeaderName = HeaderName::from_static("x-stemedb-passed-on-by");
@@ -36,6 +36,26 @@ const ANSWER_BYTES_MAX: usize = 20 * 1024 * 1024;
 
 /// Reads passed on at the same time, which bounds the memory for their answers.
 pub const PASSED_ON_MAX: usize = 8;
+
+/// Why there is no answer of another node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoAnswer {
+    /// It was not reached, and can have done nothing.
+    #[error("{0}")]
+    NotSent(String),
+    /// It may have got the request.
+    #[error("{0}")]
+    Unknown(String),
+}
+
+/// In the answer of a node that was asked to do something as the leader, and does not lead.
+#[derive(Clone, Copy, Debug)]
+struct NotLeader;
+
+/// Whether it is the answer of a node that does not lead, and so has done nothing.
+pub fn is_not_leader(answer: &Response) -> bool {
+    answer.extensions().get::<NotLeader>().is_some()
+}
 
 /// What was asked, in the form in which another node can be asked.
 pub struct Asked {
@@ -78,7 +98,7 @@ pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response
         match timeout(share, ask_one(addr, asked, api.node.name())).await {
             Ok(Ok(answer)) if !answer.status().is_server_error() => return Some(answer),
             Ok(Ok(answer)) => tracing::debug!(addr, status = %answer.status(), "another node has no answer either"),
-            Ok(Err(error)) => tracing::debug!(addr, error, "another node could not be asked"),
+            Ok(Err(error)) => tracing::debug!(addr, %error, "another node could not be asked"),
             Err(_) => tracing::debug!(addr, "another node does not answer"),
         }
     }
@@ -86,24 +106,31 @@ pub async fn ask(api: &Api, asked: &Asked, deadline: Instant) -> Option<Response
 }
 
 /// The answer of the node at `addr` to the same question or order.
-pub async fn pass_on(api: &Api, asked: &Asked, addr: &str, method: Method, body: Bytes) -> Result<Response, String> {
+pub async fn pass_on(api: &Api, asked: &Asked, addr: &str, method: Method, body: Bytes) -> Result<Response, NoAnswer> {
     if asked.passed_on {
-        return Err("this request was passed on already".to_owned());
+        return Err(NoAnswer::NotSent("this request was passed on already".to_owned()));
     }
-    let _place = api.passed_on.acquire().await.map_err(|e| e.to_string())?;
+    let _place = api.passed_on.acquire().await.map_err(|e| NoAnswer::NotSent(e.to_string()))?;
     timeout(PASS_ON_MAX, ask_with(addr, asked, api.node.name(), method, body))
         .await
-        .unwrap_or_else(|_| Err(format!("no answer within {PASS_ON_MAX:?}")))
+        .unwrap_or_else(|_| Err(NoAnswer::Unknown(format!("no answer within {PASS_ON_MAX:?}"))))
 }
 
-async fn ask_one(addr: &str, asked: &Asked, own_name: &str) -> Result<Response, String> {
+async fn ask_one(addr: &str, asked: &Asked, own_name: &str) -> Result<Response, NoAnswer> {
     ask_with(addr, asked, own_name, Method::GET, Bytes::new()).await
 }
 
-async fn ask_with(addr: &str, asked: &Asked, own_name: &str, method: Method, body: Bytes) -> Result<Response, String> {
-    let stream = timeout(CONNECT_MAX, TcpStream::connect(addr)).await.map_err(|e| e.to_string())?;
-    let stream = stream.map_err(|e| e.to_string())?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+async fn ask_with(
+    addr: &str,
+    asked: &Asked,
+    own_name: &str,
+    method: Method,
+    body: Bytes,
+) -> Result<Response, NoAnswer> {
+    let not_sent = |e: &dyn ToString| NoAnswer::NotSent(e.to_string());
+    let stream = timeout(CONNECT_MAX, TcpStream::connect(addr)).await.map_err(|e| not_sent(&e))?;
+    let stream = stream.map_err(|e| not_sent(&e))?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| not_sent(&e))?;
     let target = asked.uri.path_and_query().map_or("/", |target| target.as_str());
     let request = Request::builder()
         .method(method)
@@ -112,12 +139,17 @@ async fn ask_with(addr: &str, asked: &Asked, own_name: &str, method: Method, bod
         .header(header::CONNECTION, "close")
         .header(PASSED_ON, HeaderValue::from_str(own_name).unwrap_or(HeaderValue::from_static("a-node")))
         .body(Full::new(body))
-        .map_err(|e| e.to_string())?;
+        .map_err(|e| not_sent(&e))?;
     let answered = async {
-        let (head, body) = sender.send_request(request).await.map_err(|e| e.to_string())?.into_parts();
-        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|e| e.to_string())?;
-        let mut response = Response::new(Body::from(body.to_bytes()));
+        let unknown = |e: &dyn ToString| NoAnswer::Unknown(e.to_string());
+        let (head, body) = sender.send_request(request).await.map_err(|e| unknown(&e))?.into_parts();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|e| unknown(&e))?.to_bytes();
+        let not_leader = head.status == StatusCode::SERVICE_UNAVAILABLE && is_of_no_leader(&body);
+        let mut response = Response::new(Body::from(body));
         *response.status_mut() = head.status;
+        if not_leader {
+            response.extensions_mut().insert(NotLeader);
+        }
         for name in [header::CONTENT_TYPE, header::RETRY_AFTER, header::LOCATION, headers::INDEX, headers::SERVED_BY] {
             if let Some(value) = head.headers.get(&name) {
                 response.headers_mut().insert(name, value.clone());
@@ -131,7 +163,27 @@ async fn ask_with(addr: &str, asked: &Asked, own_name: &str, method: Method, bod
         answer = &mut answered => answer,
         ended = connection => match ended {
             Ok(()) => answered.await,
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(NoAnswer::Unknown(error.to_string())),
         },
+    }
+}
+
+/// Whether a problem is the one of a node that does not lead.
+fn is_of_no_leader(body: &[u8]) -> bool {
+    let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+    let wanted = format!("/problems/{}", Kind::NotLeader.row().slug);
+    problem.as_ref().and_then(|problem| problem.get("type")).is_some_and(|found| *found == wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_node_that_does_not_lead_has_certainly_done_nothing() {
+        assert!(is_of_no_leader(br#"{"type": "/problems/not-leader", "status": 503}"#));
+        assert!(!is_of_no_leader(br#"{"type": "/problems/order-unknown", "status": 503}"#));
+        assert!(!is_of_no_leader(br#"{"type": "/problems/unavailable", "status": 503}"#));
+        assert!(!is_of_no_leader(b"<html>a proxy</html>"));
     }
 }

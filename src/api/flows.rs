@@ -20,11 +20,11 @@ use crate::node::{DrainOrder, FlowError, JobReport, JobState};
 
 use super::{
     Api,
-    elsewhere::Asked,
+    elsewhere::{self, Asked},
     json::{self, Fields},
     limits, mapping,
     params::Params,
-    problem::{Kind, Problem},
+    problem::{Kind, Problem, WriteOutcome},
     schema,
 };
 
@@ -204,10 +204,12 @@ pub async fn at_leader<F: Future<Output = Result<Result<Response, Problem>, Opti
             return Err(not_leader(refused));
         }
         if let Some(leader) = &refused {
-            let answer = super::jobs::pass_on(api, asked, leader, method.clone(), bytes.clone()).await?;
-            // The only 503 of these routes: that one does not lead any more.
-            if answer.status() != StatusCode::SERVICE_UNAVAILABLE || Instant::now() >= deadline {
-                return Ok(answer);
+            match super::jobs::pass_on(api, asked, leader, method.clone(), bytes.clone()).await {
+                // Neither has begun anything: that one does not lead any more, or was not reached.
+                Ok(answer) if elsewhere::is_not_leader(&answer) && Instant::now() < deadline => {}
+                Err(problem) if problem.kind() == Kind::Unavailable && Instant::now() < deadline => {}
+                // One that may have begun it has the last word.
+                answered => return answered,
             }
         }
         if Instant::now() >= deadline {
@@ -246,8 +248,8 @@ pub async fn job_answer(api: &Api, id: &str, wait: bool) -> Result<Response, Pro
     let job = match ended.or_else(|| api.node.job(id)) {
         Some(job) => job,
         None => {
-            let job = api.node.cluster_job(id).await.map_err(|why| super::jobs::unreadable(&why))?;
-            job.ok_or_else(|| super::jobs::unknown_job(id))?
+            let job = api.node.cluster_job(id).await.map_err(|why| began_unseen(id, &why))?;
+            job.ok_or_else(|| began_unseen(id, "this node does not show it yet"))?
         }
     };
     match job.state {
@@ -263,6 +265,14 @@ pub async fn job_answer(api: &Api, id: &str, wait: bool) -> Result<Response, Pro
             Ok(response)
         }
     }
+}
+
+/// An order was taken, and this node cannot show its job.
+fn began_unseen(id: &str, why: &str) -> Problem {
+    unknown(
+        format!("Job {id} was begun, and how far it is cannot be told here ({why}). Look at GET /v1/admin/jobs/{id}."),
+        Some(id.to_owned()),
+    )
 }
 
 async fn wait_ended(api: &Api, id: &str) -> Option<JobReport> {
@@ -321,6 +331,15 @@ pub fn problem(error: FlowError) -> Problem {
         FlowError::Impossible(why) => Problem::new(Kind::FlowRefused, format!("It is not possible now: {why}.")),
         FlowError::Cancelled => Problem::new(Kind::FlowFailed, "It was cancelled."),
         FlowError::NotLeader(leader) => not_leader(leader),
+    }
+}
+
+/// Whether an order was carried out is not known: the answer that is never followed by another try.
+pub fn unknown(detail: impl Into<String>, job: Option<String>) -> Problem {
+    let problem = Problem::new(Kind::OrderUnknown, detail).outcome(WriteOutcome::Unknown);
+    match job {
+        Some(job) => problem.with("job", job),
+        None => problem,
     }
 }
 

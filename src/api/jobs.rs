@@ -16,12 +16,12 @@ use crate::node::{JobState, NotCancelled, NotUndone, OrderError};
 
 use super::{
     Api,
-    elsewhere::{self, Asked},
+    elsewhere::{self, Asked, NoAnswer},
     flows,
     json::{self, Fields},
     mapping,
     params::Params,
-    problem::{Kind, Problem},
+    problem::{Kind, Problem, WriteOutcome},
     schema,
 };
 
@@ -85,6 +85,7 @@ fn order_problem(error: OrderError) -> Problem {
             Kind::Unavailable,
             format!("The leader has to agree to a rebuild, and none could be asked ({why}). Nothing was changed."),
         )
+        .outcome(WriteOutcome::NotApplied)
         .retry_after(mapping::RETRY_AFTER_S),
     }
 }
@@ -92,7 +93,11 @@ fn order_problem(error: OrderError) -> Problem {
 /// There is no such job here.
 pub fn unknown_job(id: &str) -> Problem {
     let id: String = id.chars().take(64).collect();
-    let detail = format!("There is no job {id:?} on this node. Jobs belong to a node; ask it, or add ?node=NAME.");
+    let detail = format!(
+        "There is no job {id:?} on this node. A drain, a failover and a compaction are known to the node that runs them alone: \
+         ask it, or add ?node=NAME. They end with its process. If it has restarted since, look at GET /v1/admin/cluster \
+         for what is, and order again what is still wanted."
+    );
     Problem::new(Kind::NotFound, detail).with("name", id)
 }
 
@@ -116,14 +121,26 @@ pub async fn pass_on(
         return Err(Problem::new(Kind::NotFound, detail).with("name", node));
     };
     let is_order = method != Method::GET;
-    elsewhere::pass_on(api, asked, &addr, method, body).await.map_err(|why| {
-        let rest = match is_order {
-            true => "Whether it has begun is not known: look at GET /v1/admin/cluster, or ask it directly",
-            false => "Ask it directly",
-        };
-        let detail = format!("{node} at {addr} gave no answer: {why}. {rest}.");
-        Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
-    })
+    let answer = elsewhere::pass_on(api, asked, &addr, method, body).await;
+    answer.map_err(|no_answer| no_answer_problem(node, &addr, is_order, &no_answer))
+}
+
+fn no_answer_problem(node: &str, addr: &str, is_order: bool, no_answer: &NoAnswer) -> Problem {
+    match no_answer {
+        NoAnswer::Unknown(why) if is_order => flows::unknown(
+            format!(
+                "{node} at {addr} was given this order and gave no answer ({why}). Whether it has begun is not known: look \
+                 at GET /v1/admin/jobs?node={node} and at GET /v1/admin/cluster before you repeat it."
+            ),
+            None,
+        ),
+        NoAnswer::NotSent(why) | NoAnswer::Unknown(why) => {
+            let nothing = if is_order { " Nothing was changed." } else { "" };
+            let detail = format!("{node} at {addr} gave no answer ({why}). Ask it directly.{nothing}");
+            let problem = Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S);
+            if is_order { problem.outcome(WriteOutcome::NotApplied) } else { problem }
+        }
+    }
 }
 
 /// The id in the path, and the node that the query names when it is another one.
@@ -223,6 +240,11 @@ async fn cancel_members_here(api: &Api, id: &str) -> Result<Result<Response, Pro
         known => match api.node.cancel_members(id).await {
             Ok(()) => {}
             Err(NotUndone::NotLeader(leader)) => return Err(leader),
+            Err(NotUndone::OutcomeUnknown(why)) => {
+                let detail =
+                    format!("Whether it is being cancelled is not known ({why}); repeat this, which does no harm.");
+                return Ok(Err(flows::unknown(detail, Some(id.to_owned()))));
+            }
             Err(NotUndone::No(_)) if known.is_none() => return Ok(Err(unknown_job(id))),
             Err(NotUndone::No(why)) => {
                 let detail = format!("It cannot be taken back: {why}.");
@@ -299,4 +321,21 @@ pub async fn quarantine(State(api): State<Arc<Api>>) -> Result<Json<Value>, Prob
             .retry_after(mapping::RETRY_AFTER_S)
     })?;
     Ok(Json(json!({"folders": found})))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_that_may_have_arrived_is_told_apart_from_one_that_was_never_sent() {
+        let (sent, never) = (NoAnswer::Unknown("reset".into()), NoAnswer::NotSent("refused".into()));
+        let of = |is_order, no_answer| {
+            let problem = no_answer_problem("node-2", "h:1", is_order, no_answer);
+            (problem.kind(), problem.write_outcome(), problem.detail().contains("Nothing was changed"))
+        };
+        assert_eq!(of(true, &sent), (Kind::OrderUnknown, Some(WriteOutcome::Unknown), false));
+        assert_eq!(of(true, &never), (Kind::Unavailable, Some(WriteOutcome::NotApplied), true));
+        assert_eq!(of(false, &sent), (Kind::Unavailable, None, false), "a question changes nothing");
+    }
 }

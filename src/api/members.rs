@@ -291,6 +291,13 @@ fn problem(error: MemberError) -> Problem {
             );
             Problem::new(Kind::FeatureLevel, detail)
         }
+        MemberError::OutcomeUnknown { job, why } => flows::unknown(
+            format!(
+                "The change of the members was proposed, and whether it has begun is not known ({why}). If it has, it goes on as \
+                 job {job}: look at GET /v1/admin/jobs/{job} before you order anything again."
+            ),
+            Some(job),
+        ),
         MemberError::Impossible(why) => Problem::new(Kind::FlowRefused, format!("It is not possible now: {why}.")),
         MemberError::NotLeader(leader) => not_leader(leader),
     }
@@ -300,6 +307,7 @@ fn problem(error: MemberError) -> Problem {
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
+    use crate::api::problem::WriteOutcome;
 
     #[test]
     fn names_and_addresses_are_checked_before_anything_else() {
@@ -332,10 +340,19 @@ mod tests {
             (unsafe_(true), Kind::FlowRefused, "force=true"),
             (unsafe_(false), Kind::FlowRefused, "Bring the others back"),
             (MemberError::NotLeader(None), Kind::NotLeader, "repeat it"),
+            (
+                MemberError::OutcomeUnknown { job: "7".into(), why: "no quorum".into() },
+                Kind::OrderUnknown,
+                "look at GET /v1/admin/jobs/7",
+            ),
         ] {
             let problem = problem(error);
             assert_eq!(problem.kind(), kind);
             assert!(problem.detail().contains(words), "{}", problem.detail());
+            // Nobody is told that nothing was changed where that is not known.
+            let unknown = problem.kind() == Kind::OrderUnknown;
+            assert_eq!(problem.write_outcome() == Some(WriteOutcome::Unknown), unknown);
+            assert!(!unknown || !problem.detail().contains("Nothing was changed"), "{}", problem.detail());
         }
     }
 }

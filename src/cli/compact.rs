@@ -1,4 +1,4 @@
-//! `stemedb compact NODE` and `stemedb stats NODE`: the tree of one node.
+//! `stemedb compact [NODE]` makes the tree of one node anew; `stemedb stats` shows what the trees of all hold.
 
 use clap::Args;
 
@@ -39,8 +39,9 @@ pub async fn run(args: &CompactArgs) -> Result<(), CliError> {
         args.node.as_ref().map_or_else(String::new, |node| format!("&node={}", super::http_client::encode_query(node)));
     let body = serde_json::json!({ "aggressive": args.whole }).to_string();
     let call = Call::post(format!("/v1/admin/compact?wait={}{node}", args.wait), body);
-    let (mut client, answer) = flow_client::order(&args.endpoints.parse()?, &call).await?;
-    let job = flow_client::follow(&mut client, &answer, args.wait).await?;
+    let endpoints = args.endpoints.parse()?;
+    let (client, answer) = flow_client::order(&endpoints, &call).await?;
+    let job = flow_client::follow(client, &endpoints, &answer, args.wait).await?;
     flow_client::show(&job, args.json)
 }
 

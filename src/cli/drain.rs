@@ -83,8 +83,8 @@ pub async fn run_undrain(args: &UndrainArgs) -> Result<(), CliError> {
     let endpoints = args.endpoints.parse()?;
     let query = query(args.node.as_deref(), &endpoints)?;
     let call = Call::post(format!("/v1/admin/node/undrain?{}", query.trim_end_matches('&')), "");
-    let (mut client, answer) = flow_client::order(&endpoints, &call).await?;
-    let job = flow_client::follow(&mut client, &answer, true).await?;
+    let (client, answer) = flow_client::order(&endpoints, &call).await?;
+    let job = flow_client::follow(client, &endpoints, &answer, true).await?;
     flow_client::show(&job, args.json)
 }
 

@@ -371,8 +371,8 @@ async fn order(load: &Load, node: usize, path: &str, body: &'static str) -> Resu
     let deadline = Instant::now() + READY_TIMEOUT;
     loop {
         match flow_client::order(&endpoints, &call).await {
-            Ok((mut client, answer)) => {
-                let job = flow_client::follow(&mut client, &answer, true).await?;
+            Ok((client, answer)) => {
+                let job = flow_client::follow(client, &endpoints, &answer, true).await?;
                 if job.state == "finished" {
                     return Ok(job);
                 }

@@ -22,6 +22,9 @@ pub struct FailoverArgs {
 struct Plan {
     from: String,
     to: String,
+    /// Older programs plan only what would be allowed.
+    allowed: Option<bool>,
+    detail: String,
     candidates: Vec<Candidate>,
 }
 
@@ -43,7 +46,15 @@ pub async fn run(args: &FailoverArgs) -> Result<(), CliError> {
         Ordered::Job(job) => job,
         Ordered::Plan(answer) => {
             let plan: Plan = answer.json().map_err(CliError::Unreachable)?;
-            return if args.order.json { output::json(&plan) } else { output::line(&text(&plan)) };
+            if args.order.json {
+                output::json(&plan)?;
+            } else {
+                output::line(&text(&plan))?;
+            }
+            return match plan.allowed.unwrap_or(true) {
+                true => Ok(()),
+                false => Err(CliError::Found("it would be refused".to_owned())),
+            };
         }
     };
     flow_client::show(&job, args.order.json)?;
@@ -65,5 +76,5 @@ fn text(plan: &Plan) -> String {
         let fit = if candidate.fit { "yes" } else { "no" };
         table.add_row([candidate.name.as_str(), fit, &lag, candidate.why_not.as_deref().unwrap_or("")]);
     }
-    format!("{table}\nLeadership would go from {} to {}.", plan.from, plan.to)
+    format!("{table}\n{}.", plan.detail)
 }

@@ -99,7 +99,11 @@ async fn find(args: &JobArgs) -> Result<Job, CliError> {
         false => format!(" Not asked: {}.", jobs.not_asked.join("; ")),
     };
     jobs.jobs.into_iter().find(|job| job.id == args.id).ok_or_else(|| {
-        CliError::Refused(format!("no node knows job {}; each forgets its own when it restarts.{not_asked}", args.id))
+        CliError::Refused(format!(
+            "no node knows job {}; each forgets its own when it restarts, and what it had begun ends with it: see \
+             `stemedb status`.{not_asked}",
+            args.id
+        ))
     })
 }
 
@@ -163,6 +167,9 @@ fn details(job: &Job) -> String {
     }
     if let Some(entries) = job.entries_behind.filter(|_| !job.is_over()) {
         text.push_str(&format!("\n  {} entries behind", output::thousands(entries)));
+    }
+    if let Some(eta_s) = job.eta_s.filter(|_| !job.is_over()) {
+        text.push_str(&format!("\n  about {eta_s} s left"));
     }
     for step in &job.steps {
         text.push_str(&format!("\n  {:>8} ms  {}", step.ms, step.name));

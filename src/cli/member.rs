@@ -193,19 +193,8 @@ fn text(members: &Members) -> String {
 
 /// A change of the members that goes on, in one line: what is done, how much is missing, how long that may take.
 pub(super) fn change(job: &Job) -> String {
-    let mut text = format!("{} of {}: {} ({})", job.kind, job.node, job.step, job.detail);
-    if job.bytes_total > 0 {
-        let (done, total) = (output::thousands(job.bytes_done), output::thousands(job.bytes_total));
-        text.push_str(&format!(", {done} of {total} bytes"));
-    }
-    if let Some(entries) = job.entries_behind {
-        text.push_str(&format!(", {} entries behind", output::thousands(entries)));
-    }
-    if let Some(eta_s) = job.eta_s {
-        text.push_str(&format!(", about {eta_s} s left"));
-    }
-    text.push_str(&format!("; job {}", job.id));
-    text
+    let detail = if job.state == "waiting" { String::new() } else { format!(" ({})", job.detail) };
+    format!("{} of {}: {}{detail}; job {}", job.kind, job.node, flow_client::progress(job), job.id)
 }
 
 #[cfg(test)]

@@ -3,21 +3,7 @@
 //! `serve` runs a node inside this process; every other command talks to nodes over HTTP only, as any
 //! client would. Results go to standard output, progress and notices to standard error. `--json` makes
 //! the result one line of JSON.
-//!
-//! Exit codes, the same for every command:
-//!
-//! | code | meaning |
-//! |---|---|
-//! | 0 | done |
-//! | 1 | done, and what was looked at is not as it should be: an unhealthy cluster, a finding of a drill, a difference, a dry run of what would be refused, another leader than asked for |
-//! | 2 | wrong arguments |
-//! | 3 | no node could be reached, or none answered in time |
-//! | 4 | the cluster refused, or the input is wrong |
-//! | 5 | this machine: a taken port, a folder that is locked or unusable, a log that refuses to open, a process that ended |
-//! | 6 | the server's configuration is wrong |
-//! | 7 | `serve`: the node ran and could not go on, and the reason is in its log; or a second signal ended it at once |
-//! | 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`, and the node closed its doors; start it again |
-//! | 141 | the reader of the output went away |
+#![doc = include_str!("../../docs/exit-codes.md")]
 
 pub mod balancer;
 pub mod bench;
@@ -66,6 +52,7 @@ use crate::config::{Config, Override};
 use crate::logging;
 use http_client::Endpoint;
 
+/// Below the help of every command.
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 done, and something is not as it should be (unhealthy cluster, finding, difference);
 2 wrong arguments; 3 no node answered; 4 refused or wrong input; 5 this machine (port, folder, process);
@@ -120,7 +107,7 @@ impl CliError {
 
 /// StemeDB: a replicated database for assertions.
 #[derive(Parser, Debug)]
-#[command(name = "stemedb", version, after_help = EXIT_CODES)]
+#[command(name = "stemedb", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -218,7 +205,7 @@ impl EndpointArgs {
 
 /// Runs `stemedb` with these arguments (the program's name first).
 pub fn main_stemedb(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    match Cli::try_parse_from(args) {
+    match parse::<Cli>(args) {
         Ok(cli) => run(cli.command),
         Err(error) => usage_error(&error),
     }
@@ -226,10 +213,23 @@ pub fn main_stemedb(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Runs `stemedb-api` with these arguments (the program's name first).
 pub fn main_stemedb_api(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    match ApiCli::try_parse_from(args) {
+    match parse::<ApiCli>(args) {
         Ok(cli) => run(Command::Serve(cli.serve)),
         Err(error) => usage_error(&error),
     }
+}
+
+fn parse<P: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<P, clap::Error> {
+    let matches = with_exit_codes(P::command()).try_get_matches_from(args)?;
+    P::from_arg_matches(&matches)
+}
+
+/// Says below the help of a command, and of all of its own, what its exit codes mean.
+fn with_exit_codes(command: clap::Command) -> clap::Command {
+    if command.get_name() == "wal" {
+        return command.after_help(wal::EXIT_CODES).mut_subcommands(|each| each.after_help(wal::EXIT_CODES));
+    }
+    command.after_help(EXIT_CODES).mut_subcommands(with_exit_codes)
 }
 
 /// `--help` and `--version` come through here too, with exit code 0.

@@ -4,10 +4,12 @@
 //! probes goes elsewhere when a connection is refused, and would wait on one that nobody reads. It writes `pid` into the
 //! data folder and removes it on a clean stop. SIGTERM and SIGINT stop it cleanly: the node leaves traffic as in a drain,
 //! within `cluster.stop_deadline_ms`, the HTTP side finishes what it has begun, then the node stops; one that is drained
-//! already stops at once. A second signal ends the process at once. The service manager is told of each.
+//! already stops at once, and so does one that is still starting. A second signal ends the process at once. The service manager
+//! is told of each.
 
 mod notify;
 pub mod rebuild;
+mod signals;
 
 use std::{
     net::SocketAddr,
@@ -18,13 +20,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    net::{TcpListener, TcpSocket},
-    signal::unix::{SignalKind, signal},
-};
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
-use self::notify::Notifier;
+use self::{notify::Notifier, signals::Told};
 use crate::{
     api,
     config::Config,
@@ -50,8 +49,7 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the last file may take to be removed. The disk may hang by then.
 const PID_FILE_MAX: Duration = Duration::from_secs(1);
 
-/// Runs a node until it is told to stop. Returns an exit code as documented in `cli`; the reason is in
-/// the log.
+/// Runs a node until it is told to stop. Returns an exit code of `docs/exit-codes.md`; the reason is in the log.
 pub async fn run(config: Arc<Config>) -> ExitCode {
     match serve(config).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -141,9 +139,10 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
     // Every path of the configuration is absolute. A server that stays where it was started would hold that
     // folder, and could not resolve a path any more once somebody removed it.
     std::env::set_current_dir("/").map_err(|e| Failure::Start(format!("go to /: {e}")))?;
+    let told = signals::listen().map_err(|e| Failure::Run(format!("signals: {e}")))?;
     loop {
-        match serve_node(Arc::clone(&config)).await? {
-            End::Told(_) => return Ok(()),
+        match serve_node(Arc::clone(&config), told.clone()).await? {
+            End::Told => return Ok(()),
             End::Moved => tracing::info!("starting anew in the spare folder"),
         }
     }
@@ -151,20 +150,28 @@ async fn serve(config: Arc<Config>) -> Result<(), Failure> {
 
 /// How a node ended that was not at its end.
 enum End {
-    /// By this signal.
-    Told(&'static str),
+    /// By a signal.
+    Told,
     /// It has moved to its spare folder.
     Moved,
 }
 
-async fn serve_node(config: Arc<Config>) -> Result<End, Failure> {
+async fn serve_node(config: Arc<Config>, mut told: Told) -> Result<End, Failure> {
     let insecure = config.http.insecure;
     let http = bind(&config.http.listen, "http.listen", insecure).await?;
     let peer = bind(&config.peer_listen(), "cluster.peer_listen", insecure).await?;
     let peer = listen(peer, &config.peer_listen(), "cluster.peer_listen")?;
     let http_addr = http.local_addr().map_or_else(|_| config.http.listen.clone(), |a| a.to_string());
     let ground = Ground { peer_listener: Some(peer), ..Ground::default() };
-    let node = Node::start_on(Arc::clone(&config), Arc::new(Metrics::new()), ground).await?;
+    let notifier = Arc::new(Notifier::from_env());
+    let node = tokio::select! {
+        node = Node::start_on(Arc::clone(&config), Arc::new(Metrics::new()), ground) => node?,
+        // It has promised nothing yet: the folder is left as by a process that was killed.
+        () = signals::told(&mut told) => {
+            notifier.stopping();
+            return Ok(End::Told);
+        }
+    };
     let http = match listen(http, &config.http.listen, "http.listen") {
         Ok(http) => http,
         Err(failure) => {
@@ -179,10 +186,9 @@ async fn serve_node(config: Arc<Config>) -> Result<End, Failure> {
 
     let stop_http = CancellationToken::new();
     let serving = tokio::spawn(api::serve(http, Arc::clone(&node), stop_http.clone()));
-    let notifier = Arc::new(Notifier::from_env());
     notifier.ready();
     let telling = tokio::spawn(tell_status(Arc::clone(&node), Arc::clone(&notifier)));
-    let ended = wait_for_end(&node, serving, stop_http, &notifier).await;
+    let ended = wait_for_end(&node, serving, stop_http, &notifier, told).await;
     telling.abort();
     if node.fenced().is_cancelled() {
         // Nothing of it may be waited for, nor may its end be: both could need the disk. What lies on it is as after a
@@ -217,13 +223,10 @@ async fn wait_for_end(
     mut serving: tokio::task::JoinHandle<std::io::Result<()>>,
     stop_http: CancellationToken,
     notifier: &Notifier,
+    mut told: Told,
 ) -> Result<End, Failure> {
-    let failed = |e: std::io::Error| Failure::Run(format!("signals: {e}"));
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok(End::Told("SIGTERM")),
-        _ = interrupt.recv() => Ok(End::Told("SIGINT")),
+        () = signals::told(&mut told) => Ok(End::Told),
         () = node.wait_moved() => Ok(End::Moved),
         why = node.wait_fatal() => Err(Failure::Run(why)),
         () = node.wait_fence_over() => {
@@ -237,20 +240,9 @@ async fn wait_for_end(
             }));
         }
     };
-    if let Ok(End::Told(signal)) = &ended {
-        tracing::info!("{signal}: stopping");
-    }
     // A node that has moved leads nothing, and is out of traffic: its core has ended.
     if !matches!(ended, Ok(End::Moved)) {
         notifier.stopping();
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            tracing::warn!("second signal: ending at once");
-            std::process::exit(i32::from(EXIT_FAILED));
-        });
         // While requests are still served: they are sent on to the next leader.
         node.stop_gently().await;
     }
@@ -307,17 +299,14 @@ mod tests {
 
     #[test]
     fn each_failure_has_its_documented_exit_code() {
-        let documented = include_str!("mod.rs");
+        let documented = include_str!("../../docs/exit-codes.md");
         for (failure, line) in [
-            (Failure::Start(String::new()), "//! | 5 | this machine: a taken port, a folder"),
-            (Failure::from(StartError::Config(String::new())), "//! | 6 | the server's configuration is wrong"),
-            (Failure::Run(String::new()), "//! | 7 | `serve`: the node ran and could not go on"),
-            (
-                Failure::Fenced(String::new()),
-                "//! | 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`",
-            ),
+            (Failure::Start(String::new()), "| 5 | this machine: a taken port, a folder"),
+            (Failure::from(StartError::Config(String::new())), "| 6 | the server's configuration is wrong"),
+            (Failure::Run(String::new()), "| 7 | `serve`: the node ran and could not go on"),
+            (Failure::Fenced(String::new()), "| 8 | `serve`: the disk hung for longer than `cluster.stall_fence_ms`"),
         ] {
-            assert!(line.starts_with(&format!("//! | {} |", failure.exit_code())) && documented.contains(line));
+            assert!(line.starts_with(&format!("| {} |", failure.exit_code())) && documented.contains(line));
         }
     }
 

@@ -1,8 +1,9 @@
 //! `stemedb status`: what the cluster says about itself, and what each node says when asked.
 //!
-//! The list of members comes from the first node that answers `/v1/admin/cluster`; every member and
-//! every given endpoint is then asked for its own `/v1/health`. Both views are shown, because a node
-//! that the leader believes in and that answers nobody is exactly what one looks for here.
+//! Every given endpoint is asked for its view of the cluster, and the newest one that names a leader is believed: a node that
+//! is cut off, or has just started, knows less. Every member and every endpoint is then asked for its own `/v1/health`. Both
+//! are shown and compared, because a node that the leader believes in and that answers nobody, or one that answers and that
+//! the leader cannot reach, is exactly what one looks for here.
 
 use std::time::Duration;
 
@@ -103,6 +104,28 @@ struct Line {
     error: Option<String>,
 }
 
+impl Line {
+    fn says_that_it_leads(&self) -> bool {
+        self.health.as_ref().is_some_and(|health| health.role == "leader")
+    }
+
+    /// How the word of a node that answers differs from what the cluster says, if it does.
+    fn disagrees(&self, leader: &str, term: u64) -> Option<String> {
+        let (name, health) = (&self.name, self.health.as_ref()?);
+        if self.member_role.as_deref() == Some("unreachable") {
+            return Some(format!("{name} answers here, and the other members do not reach it"));
+        }
+        if self.says_that_it_leads() && name != leader {
+            let its = health.term;
+            return Some(format!(
+                "{name} says that it leads, in term {its}, and {leader} leads in term {term}: {name} is cut off, or this has just changed"
+            ));
+        }
+        let other = health.leader.as_deref().filter(|followed| *followed != leader)?;
+        Some(format!("{name} follows {other}, and {leader} leads: {name} is cut off, or this has just changed"))
+    }
+}
+
 /// `/v1/admin/members`, as far as it says more than `/v1/admin/cluster`.
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -168,7 +191,7 @@ async fn once(args: &StatusArgs, endpoints: &[Endpoint]) -> Result<(), CliError>
 }
 
 async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
-    let (cluster, change, cluster_error) = first_cluster(endpoints).await;
+    let (cluster, change, cluster_error) = newest_view(endpoints).await;
     let mut asked: Vec<(Option<MemberBody>, Option<Endpoint>)> = Vec::new();
     for member in cluster.members.iter().cloned() {
         let endpoint = member.http_addr.as_deref().and_then(|at| Endpoint::parse(at).ok());
@@ -203,20 +226,40 @@ async fn gather(endpoints: &[Endpoint]) -> Result<StatusReport, CliError> {
     Ok(StatusReport { healthy, leader, term, feature_level, feature_level_held_by, problems, nodes, change })
 }
 
-async fn first_cluster(endpoints: &[Endpoint]) -> (ClusterBody, Option<Job>, Option<String>) {
-    let mut errors = Vec::new();
-    for endpoint in endpoints {
-        let mut client = Client::new(endpoint.clone());
-        match client.get_json("/v1/admin/cluster", CALL_TIMEOUT).await {
-            Ok(cluster) => {
-                // A node whose state is not open knows of none; the status says so in its own line.
-                let members = client.get_json::<MembersBody>("/v1/admin/members", CALL_TIMEOUT).await;
-                return (cluster, members.unwrap_or_default().change, None);
-            }
+/// The view of one endpoint.
+struct View {
+    endpoint: Endpoint,
+    cluster: ClusterBody,
+}
+
+/// The newest view that names a leader, else the newest of one that knows the members; or why there is none.
+async fn newest_view(endpoints: &[Endpoint]) -> (ClusterBody, Option<Job>, Option<String>) {
+    let asked = endpoints.iter().map(|endpoint| async {
+        let cluster = Client::new(endpoint.clone()).get_json("/v1/admin/cluster", CALL_TIMEOUT).await;
+        cluster.map(|cluster| View { endpoint: endpoint.clone(), cluster })
+    });
+    let (mut views, mut errors) = (Vec::new(), Vec::new());
+    for answer in futures_util::future::join_all(asked).await {
+        match answer {
+            Ok(view) => views.push(view),
             Err(error) => errors.push(error),
         }
     }
-    (ClusterBody::default(), None, Some(errors.join("; ")))
+    let Some(View { endpoint, cluster }) = pick(views) else {
+        return (ClusterBody::default(), None, Some(errors.join("; ")));
+    };
+    // A node whose state is not open knows of none; the status says so in its own line.
+    let members = Client::new(endpoint).get_json::<MembersBody>("/v1/admin/members", CALL_TIMEOUT).await;
+    (cluster, members.unwrap_or_default().change, None)
+}
+
+/// The view to believe, the first of equals. Pure.
+fn pick(views: Vec<View>) -> Option<View> {
+    let worth = |view: &View| {
+        let ClusterBody { leader, term, members, .. } = &view.cluster;
+        (!members.is_empty(), leader.is_some(), *term)
+    };
+    views.into_iter().rev().max_by_key(worth)
 }
 
 async fn ask((member, endpoint): (Option<MemberBody>, Option<Endpoint>)) -> Line {
@@ -252,10 +295,10 @@ fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]
         (None, Some(leader)) => {
             // A node that has lost the others goes on naming the last leader it heard of.
             let is_known = nodes.iter().any(|line| line.name == *leader);
-            let leads = |line: &Line| line.health.as_ref().is_some_and(|health| health.role == "leader");
-            if is_known && !nodes.iter().any(leads) {
+            if is_known && !nodes.iter().any(|line| line.says_that_it_leads()) {
                 problems.push(format!("{leader} was the last leader, and no node that answers leads now"));
             }
+            problems.extend(nodes.iter().filter_map(|line| line.disagrees(leader, cluster.term)));
         }
     }
     let voters = cluster.members.iter().filter(|member| member.voter).count();
@@ -273,9 +316,10 @@ fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]
                 let error = line.error.as_deref().unwrap_or("no answer");
                 problems.push(format!("{} does not answer ({error})", line.name));
             }
-            Some(health) if health.disk.state == "failed" => {
+            Some(health) if ["failed", "full"].contains(&&*health.disk.state) => {
                 let reason = health.disk.reason.as_deref().unwrap_or("no reason given");
-                problems.push(format!("the disk of {} failed ({reason})", line.name));
+                let what = if health.disk.state == "full" { "is full" } else { "failed" };
+                problems.push(format!("the disk of {} {what} ({reason})", line.name));
             }
             // Somebody has asked for that.
             Some(health) if ["draining", "drained", "joining"].contains(&health.status.as_str()) => {}
@@ -337,3 +381,7 @@ fn text(report: &StatusReport) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[path = "status_tests.rs"]
+mod tests;

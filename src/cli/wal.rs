@@ -6,9 +6,10 @@ use clap::Subcommand;
 
 use crate::wal_tools::{self, RepairRequest};
 
+/// Of these commands, as the runbooks have them.
+pub const EXIT_CODES: &str = "Exit codes: 0 clean or done; 1 damaged; 2 refused, or a file cannot be read or written.";
+
 /// What to do with a segment.
-///
-/// Exit codes of these commands: 0 clean or done; 1 damaged; 2 refused, or a file cannot be read or written.
 #[derive(Subcommand, Debug)]
 pub enum WalCommand {
     /// Say what is wrong with a segment: exit code 0 clean, 1 damaged, 2 it cannot be read

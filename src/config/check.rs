@@ -81,6 +81,15 @@ fn clocks(config: &Config, reject: &mut Reject<'_>) {
         let what = format!("{} is not above stall_handoff_ms = {}", cluster.stall_fence_ms, cluster.stall_handoff_ms);
         reject("cluster.stall_fence_ms", what, format!("more than {}", cluster.stall_handoff_ms));
     }
+    // 0: it does not drain. Else its door would close before any load balancer has noticed.
+    if cluster.stop_deadline_ms != 0 && cluster.stop_deadline_ms <= cluster.drain_notice_ms {
+        let what = format!("{} is not above drain_notice_ms = {}", cluster.stop_deadline_ms, cluster.drain_notice_ms);
+        reject(
+            "cluster.stop_deadline_ms",
+            what,
+            format!("more than {}, or 0 to stop without a drain", cluster.drain_notice_ms),
+        );
+    }
     if cluster.request_deadline_ms <= cluster.election_max_ms {
         let what = format!(
             "{} is not above election_max_ms = {}: no request would outlive an election",

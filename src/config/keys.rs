@@ -237,7 +237,7 @@ pub static KEYS: &[Key] = &[
         "cluster",
         "stop_deadline_ms",
         number(|c| &mut c.cluster.stop_deadline_ms, 0, 600_000, "ms"),
-        "How long a process that was told to stop may take to drain; above drain_notice_ms and request_deadline_ms.",
+        "How long a process that was told to stop may take to drain; above drain_notice_ms, and better above request_deadline_ms too; 0: it does not drain.",
     ),
     key(
         "wal",

@@ -129,6 +129,7 @@ fn problems_name_file_line_key_and_what_is_accepted() {
             "[cluster]\nelection_min_ms = 60",
             "api.toml:2: cluster.election_min_ms: 60 is less than twice heartbeat_ms = 50",
         ),
+        ("[cluster]\ndrain_notice_ms = 20000", "cluster.stop_deadline_ms: 15000 is not above drain_notice_ms = 20000"),
         ("[cluster]\nelection_min_ms = 300", "cluster.election_max_ms: 300 is not above election_min_ms = 300"),
         ("[cluster]\nbootstrap_expect = 3", "3 nodes are expected but cluster.peers lists 0"),
         ("[wal]\nretain_mb = 99999999999999999999", "api.toml:2: "),

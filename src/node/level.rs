@@ -198,14 +198,14 @@ async fn raise(shared: &Shared, core: &Core) -> Result<(), String> {
     let members = ask_members(shared, &membership).await;
     let held = held_by(here(core) + 1, &members);
     let Some(level) = common(&members).filter(|_| held.is_empty()) else { return Err(held.join("; ")) };
-    // Whoever has become a member meanwhile was not asked. Whoever comes from here on is still on its way when the raise is
-    // applied, which then refuses it.
-    if core.raft_metrics().membership_config.log_id() != membership.log_id() {
-        return Err("the members have just changed".into());
-    }
     // It would be refused by the same rule; so nobody sees a refusal each second in the log.
     if let Some(why) = on_its_way(core).await? {
         return Err(why);
+    }
+    // Whoever has become a member meanwhile was not asked. Whoever comes from here on is still on its way when the raise is
+    // applied, which then refuses it: nothing is awaited between this look and the command.
+    if core.raft_metrics().membership_config.log_id() != membership.log_id() {
+        return Err("the members have just changed".into());
     }
     match propose_op(shared, core, Operation::Level(RaiseLevel { level })).await? {
         Outcome::Applied(_) => {

@@ -39,7 +39,7 @@ use super::{
     submit_rules::AttemptEnd,
     way,
 };
-use crate::clock;
+use crate::{clock, config::MemberRole};
 
 /// A handler refused the request, and the request had no effect.
 pub const REFUSED_BEFORE_EFFECT: u16 = code::SERVICE_MIN;
@@ -359,6 +359,13 @@ fn probe(shared: &Shared) -> Answer {
     }
     let name = shared.name().to_owned();
     let list_hash = shared.list_hash;
+    // A cluster that counts on it would be given half of its places, and wait for ever.
+    if shared.identity.load().is_none() && shared.config.cluster.role == MemberRole::Learner {
+        return Err(refused(format!(
+            "it has cluster.role = \"learner\" and never forms a cluster: take it out of cluster.peers and \
+             cluster.bootstrap_expect of the others, and add it once they run: stemedb member add {name} --learner"
+        )));
+    }
     answer(&match &**shared.identity.load() {
         None => ProbeAnswer::Empty { name, list_hash },
         Some(id) if shared.log_is_used() => {

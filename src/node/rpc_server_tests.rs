@@ -106,3 +106,18 @@ async fn a_guest_passes_on_requests_and_its_word_counts_for_nothing_else() {
     assert_eq!(node.process.boots.highest(guest), None, "nothing about it is remembered");
     node.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_learner_says_that_it_forms_no_cluster_before_anybody_gets_a_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = Config::default();
+    config.storage.ballast_mb = 0;
+    config.node.data_dir = dir.path().to_path_buf();
+    config.cluster.peer_listen = Some("127.0.0.1:0".into());
+    config.cluster.role = MemberRole::Learner;
+    let config = Arc::new(config);
+    let node = Node::start(Arc::clone(&config), Arc::new(Metrics::new())).await.unwrap();
+    let said = ask(&node, Kind::Probe, &()).await.unwrap_err().to_string();
+    assert!(said.contains("never forms a cluster") && said.contains("bootstrap_expect"), "{said}");
+    node.shutdown().await;
+}

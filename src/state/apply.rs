@@ -247,10 +247,6 @@ impl Applier {
     /// Nor this. The leader has asked every member whether it knows the level. A node that is on its way in was not asked,
     /// so the level waits for its end.
     fn raise(&mut self, entry: &mut Overlay<'_>, command: RaiseLevel) -> Result<Outcome, ApplyError> {
-        if let Some(why) = level::unknown(command.level) {
-            let error = std::io::Error::new(std::io::ErrorKind::Unsupported, why);
-            return Err(ApplyError::Local(EngineError::io("apply", error)));
-        }
         let permits = Book::decode(entry.get(keys::REBUILD_PERMITS)?.as_deref())?;
         if let Some(held) = permits.permit.filter(|held| self.log_time_ms < held.expires_at_ms()) {
             let expires_in_s = held.left_s(self.log_time_ms);
@@ -259,6 +255,11 @@ impl Applier {
         if let Some(intent) = MemberBook::decode(entry.get(keys::MEMBERS)?.as_deref())?.current {
             let kind = intent.change.word().to_owned();
             return Err(ApplyError::Rejected(Refusal::MembersBusy { job: intent.job, kind, name: intent.name }));
+        }
+        // Last: what every other node refuses must not stop the one whose program is older.
+        if let Some(why) = level::unknown(command.level) {
+            let error = std::io::Error::new(std::io::ErrorKind::Unsupported, why);
+            return Err(ApplyError::Local(EngineError::io("apply", error)));
         }
         self.feature_level = self.feature_level.max(command.level);
         self.keys.set_keys_max(self.limits.short_keys_max_at(self.feature_level));

@@ -194,6 +194,23 @@ async fn a_rebuild_that_could_lose_data_is_refused_and_changes_nothing() {
     served.post("/v1/admin/node/rebuild?wait=perhaps", "").await.problem(400, "invalid-query");
     served.get("/v1/admin/jobs/current").await.problem(404, "not-found");
     served.get("/v1/admin/jobs/%ff").await.problem(400, "invalid-id");
-    assert_eq!(served.get("/v1/admin/quarantine").await.json(), json!({"folders": []}));
     served.write("/v1/assert", json!({"concept_path": "a/b", "predicate": "p", "value": 1})).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_put_away_is_listed_with_the_day_on_which_it_goes() {
+    let served = start().await;
+    assert_eq!(served.get("/v1/admin/quarantine").await.json(), json!({"folders": []}));
+    let quarantine = served.node.config().node.data_dir.join("quarantine");
+    let old = quarantine.join("1700000000000-node/wal");
+    std::fs::create_dir_all(&old).unwrap();
+    std::fs::write(old.join("segment.001.wal"), [7; 300]).unwrap();
+    std::fs::create_dir(quarantine.join("notes-of-an-operator")).unwrap();
+    let (since, day) = (1_700_000_000_000_u64, 86_400_000);
+    let listed = json!({"folders": [{
+        "name": "1700000000000-node", "what": "node", "since_unix_ms": since, "bytes": 300,
+        "expires_unix_ms": since + 14 * day,
+    }]});
+    assert_eq!(served.get("/v1/admin/quarantine").await.json(), listed);
+    served.post("/v1/admin/quarantine", "").await.problem(405, "method-not-allowed");
 }

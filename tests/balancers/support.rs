@@ -199,8 +199,8 @@ impl Behind {
             Err(CliError::Refused(_)) => None,
             taken => Some(taken.unwrap()),
         });
-        let (mut client, answer) = taken.await;
-        let job = flow_client::follow(&mut client, &answer, true).await.unwrap();
+        let (client, answer) = taken.await;
+        let job = flow_client::follow(client, &others, &answer, true).await.unwrap();
         assert_eq!(job.state, "finished", "{job:?}");
         job
     }

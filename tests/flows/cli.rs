@@ -38,11 +38,21 @@ async fn an_operator_drains_moves_leadership_and_looks_at_it_with_the_commands()
     assert_eq!(cluster.leader().await, target);
     let (code, out, _) = stemedb(&cluster, &["failover", "--dry-run"]).await;
     assert!(code == 0 && out.contains(&format!("Leadership would go from {}", cluster.name(target))), "{out}");
+    // One that would be refused shows the candidates too, and says so with its exit code.
+    let (code, out, err) = stemedb(&cluster, &["failover", "--to", cluster.name(target), "--dry-run"]).await;
+    assert!(code == 1 && out.contains("leader already") && out.contains(cluster.name(third)), "{code} {out}{err}");
+    let (code, out, err) = stemedb(&cluster, &["failover", "--to", "node-9", "--dry-run"]).await;
+    assert!(code == 4 && err.contains("no member"), "{code} {out}{err}");
     let (code, _, err) = stemedb(&cluster, &["failover", "--to", cluster.name(target)]).await;
     assert!(code == 4 && err.contains("leader already"), "{code} {err}");
 
     let (code, out, err) = stemedb(&cluster, &["drain", cluster.name(third)]).await;
     assert!(code == 0 && out.contains("out of traffic"), "{out}{err}");
+    let (code, out, err) = stemedb(&cluster, &["failover", "--to", cluster.name(third), "--dry-run", "--json"]).await;
+    let plan: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+    assert_eq!((code, &plan["allowed"], plan["candidates"].as_array().unwrap().len()), (1, &false.into(), 2), "{plan}");
+    let unfit = plan["candidates"].as_array().unwrap().iter().find(|c| c["name"] == cluster.name(third)).unwrap();
+    assert!(unfit["fit"] == false && unfit["why_not"].is_string(), "{plan}");
     let (code, _, err) = stemedb(&cluster, &["drain", cluster.name(leader), "--dry-run"]).await;
     assert!(code == 1, "held by another: {err}");
     let (code, _, err) = stemedb(&cluster, &["drain", cluster.name(leader)]).await;

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use stemedb::cli::http_client::Call;
 use stemedb::fail_points;
 use stemedb::node::flows::DRAIN_POINTS;
+use stemedb::node::rebuild::journal::Journal;
 
-use super::field::{DRAIN, FAILOVER, Field, UNDRAIN, finished, id_of};
+use super::field::{DRAIN, FAILOVER, Field, MEMBERS, UNDRAIN, finished, id_of};
 use super::rig::HANG;
 use super::{assert_killed, is_full};
 
@@ -41,6 +42,14 @@ enum Flow {
     CancelJoined,
     /// It takes the place of a follower, and is itself the one that is killed.
     Comes,
+    /// It is a learner, and its rebuild was given up.
+    GivesUp,
+    /// The leader itself is asked to leave.
+    RemoveLeader,
+    /// A dead voter was to leave, and is back before it is announced.
+    ComesBack,
+    /// It is back once that was announced.
+    ComesBackLate,
 }
 
 /// What is killed where.
@@ -77,6 +86,9 @@ fn cases() -> Vec<Case> {
         always(Replace, "member.change"),
         case(Replace, "member.finish"),
         case(ReplaceLeader, "member.leave"),
+        case(RemoveLeader, "member.order_leave"),
+        case(ComesBack, "member.await_quorum"),
+        case(ComesBackLate, "member.withdraw"),
         always(CancelComing, "member.undone"),
         case(CancelJoined, "member.take_out"),
         // Side by side, so that none has to come or leave only to make room for the next case.
@@ -95,6 +107,7 @@ fn cases() -> Vec<Case> {
         case(AddLearner, "member.await_log"),
         case(RemoveLearner, "member.finish"),
         case(AddLearner, "member.finish"),
+        case(GivesUp, "member.give_up"),
     ];
     cases.extend(stemedb::node::rebuild::fail_point::POINTS.iter().map(|point| case(Comes, point)));
     cases
@@ -117,7 +130,7 @@ impl Field {
     async fn prepare(&mut self, flow: Flow) {
         let wanted = match flow {
             Flow::Remove => Some(false),
-            Flow::RemoveLearner => Some(true),
+            Flow::RemoveLearner | Flow::GivesUp => Some(true),
             _ => None,
         };
         let is = match (self.learner, self.voters.contains(&self.fourth)) {
@@ -150,6 +163,10 @@ impl Field {
             Flow::CancelComing => self.cancelled_coming(point).await,
             Flow::CancelJoined => self.cancelled_joined(point).await,
             Flow::Comes => self.coming(point).await,
+            Flow::GivesUp => self.given_up(point).await,
+            Flow::RemoveLeader => self.removal_of_the_leader(point).await,
+            Flow::ComesBack => self.back_before_it_left(point, "member.announce").await,
+            Flow::ComesBackLate => self.back_before_it_left(point, "member.change").await,
         }
         self.settle().await;
         self.goes_on().await;
@@ -363,6 +380,88 @@ impl Field {
             self.leaves().await;
         }
         panic!("{point}: it never came by");
+    }
+
+    /// The learner has its place for another way in, and begins again without knowing of it, as it was.
+    async fn given_up(&mut self, point: &'static str) {
+        let learner = self.fourth;
+        let leader = self.leader().await;
+        let at = self.voter_but(&[leader]);
+        let before = self.known(at).await;
+        // An order would join the job that brought it here.
+        self.three
+            .until("its way in is over", async |_| {
+                self.jobs(learner).await.iter().all(|job| job["kind"] != "rebuild" || job["state"] == "finished")
+            })
+            .await;
+        self.three.arm(learner, "rebuild.granted");
+        let order = Call::post(format!("/v1/admin/node/rebuild?node={}&wait=false", self.name(learner)), "");
+        self.order(at, &order).await;
+        self.ends(learner, "rebuild.granted").await;
+        self.three.disarm(learner);
+        Journal::remove(self.three.folder(learner)).unwrap();
+        self.three.arm(leader, point);
+        self.three.processes.start(learner).unwrap();
+        self.ends(leader, point).await;
+        self.three.disarm(leader);
+        self.goes_on().await;
+        assert_eq!(self.ended(at, &before).await["state"], "cancelled", "{point}");
+        self.back(leader).await;
+        self.await_ready(learner).await;
+        assert_eq!(self.three.health(learner).await.unwrap()["role"], "learner", "{point}");
+    }
+
+    /// It dies before it gives leadership away: nothing was begun, and whoever passed the order on does not know that.
+    async fn removal_of_the_leader(&mut self, point: &'static str) {
+        let leader = self.leader().await;
+        let at = self.voter_but(&[leader]);
+        let before = self.known(at).await;
+        let call = Call::delete(format!("{MEMBERS}/{}?wait=false&force=true", self.name(leader)));
+        let answer = self.dies(leader, point, at, call).await.unwrap();
+        assert_eq!((answer.status, &*answer.problem().kind), (503, "/problems/order-unknown"), "{}", answer.describe());
+        self.goes_on().await;
+        self.back(leader).await;
+        assert_eq!(self.known(at).await, before, "{point}");
+    }
+
+    /// A dead voter may leave without force: it gave nothing. If it is back before it has left, that waits.
+    async fn back_before_it_left(&mut self, point: &'static str, first: &str) {
+        let leader = self.leader().await;
+        let dead = self.voter_but(&[leader]);
+        let at = self.voter_but(&[leader, dead]);
+        self.load.set_up(dead, false);
+        self.three.processes.kill(dead).await.unwrap();
+        let before = self.known(at).await;
+        let order = self.remove(dead);
+        // Answered before it died, or lost with it.
+        drop(self.dies(leader, first, at, order).await);
+        // Two of the three are needed, and whichever of these leads sees that: without the dead leader there is nobody
+        // else.
+        self.three.arm(at, point);
+        self.three.arm(dead, point);
+        self.three.processes.start(dead).unwrap();
+        let ended = tokio::time::timeout(HANG, self.three.processes.child_ended()).await;
+        let ended = ended.unwrap_or_else(|_| panic!("{point}: it goes on")).unwrap();
+        assert!(ended.node == at || ended.node == dead, "{point}");
+        assert_killed(&self.three, ended.node, point, ended.status);
+        self.load.set_up(ended.node, false);
+        self.three.disarm(at);
+        self.three.disarm(dead);
+        self.back(ended.node).await;
+        self.back(leader).await;
+        self.await_ready(dead).await;
+        let mut id = String::new();
+        self.three
+            .until("it waits, because no further failure could be tolerated", async |_| {
+                let change = self.change(self.leader().await).await.unwrap_or_default();
+                id = id_of(&change);
+                let waits = change["state"] == "waiting" && change["cancellable"] == true;
+                waits && change["detail"].as_str().is_some_and(|why| why.contains("no further failure"))
+            })
+            .await;
+        let taken = self.order(at, &Call::delete(format!("/v1/admin/jobs/{id}"))).await;
+        assert_eq!(taken["id"], *id, "{taken}");
+        assert_eq!(self.ended(at, &before).await["state"], "cancelled", "{point}");
     }
 
     /// The node that comes is killed, started again, and goes on.

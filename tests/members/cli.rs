@@ -10,7 +10,7 @@ use stemedb::{
 use super::support::Cluster;
 
 /// Runs the program on a thread of its own. Exit code, standard output, standard error.
-async fn stemedb(cluster: &Cluster, args: &[&str]) -> (i32, String, String) {
+pub async fn stemedb(cluster: &Cluster, args: &[&str]) -> (i32, String, String) {
     let endpoints: Vec<&str> = (0..3).map(|i| cluster.peer(i).http.as_str()).collect();
     let mut command = Command::new(env!("CARGO_BIN_EXE_stemedb"));
     command.args(args).stdin(Stdio::null()).env("STEMEDB_ENDPOINTS", endpoints.join(","));

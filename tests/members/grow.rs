@@ -112,7 +112,12 @@ async fn is_out(cluster: &Cluster, i: usize) {
         })
         .await;
     let name = cluster.name(i);
-    assert!(cluster.node(i).is_ready().unwrap_err().contains(&format!("stemedb member add {name}")));
+    let why = cluster.node(i).is_ready().unwrap_err();
+    assert!(why.contains(&format!("stemedb member add {name} --addr {}", cluster.peer(i).addr)), "{why}");
+    // The line that it gives is one that the program takes; only that its folder is not empty is wrong.
+    let line: Vec<&str> = why.split('`').nth(1).unwrap().split(' ').skip(1).collect();
+    let (code, out, err) = super::cli::stemedb(cluster, &line).await;
+    assert!(code == 4 && err.contains("not empty"), "{line:?}: {code}: {out}{err}");
     let answer = cluster.get(i, "/v1/query?concept_path=test/members").await;
     assert_eq!((answer.status, &*answer.problem().kind), (503, "/problems/node-removed"));
     let body = r#"{"concept_path": "test/members", "predicate": "p", "value": 1}"#;

@@ -73,6 +73,12 @@ async fn what_is_wrong_with_an_order_is_said_before_anything_is_begun() {
     let order = json!({"name": "node-8", "addr": cluster.peer(spare).addr});
     let (kind, detail) = cluster.refused(leader, post(order)).await;
     assert!(kind == "member-unfit" && detail.contains("called \"node-7\""), "{kind}: {detail}");
+    // Nobody listens where its clients would go.
+    let order = json!({"name": "node-7", "addr": cluster.peer(spare).addr, "http": closed});
+    let (kind, detail) = cluster.refused(leader, post(order)).await;
+    assert!(
+        kind == "member-unfit" && detail.contains(&format!("nobody listens for the clients of node-7 at {closed}"))
+    );
     cluster.voters(&[leader, follower]).await;
     cluster.write(follower, "nothing else was changed").await;
     cluster.stop_all().await;
@@ -125,6 +131,40 @@ async fn members_change_one_at_a_time_and_a_change_is_cancelled_until_the_voters
     cluster.until("it to say so", async |c| (c.node(spare).health().status == "joining").then_some(())).await;
     let job = cluster.taken(leader, cluster.add(spare, "")).await;
     assert_eq!(job["state"], "finished", "{job}");
+    cluster.voters(&[0, 1, 2, spare]).await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_that_may_have_begun_says_so_and_names_its_job() {
+    if std::env::var_os("STEMEDB_TEST_FULL").is_none_or(|value| value != "1") {
+        eprintln!("an order waits ten seconds for its entry: with STEMEDB_TEST_FULL=1");
+        return;
+    }
+    let mut cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    let others = [(leader + 1) % 3, (leader + 2) % 3];
+    let spare = cluster.spare("node-4", MemberRole::Voter).await;
+    cluster.until("it to wait", async |c| (c.node(spare).health().status == "waiting").then_some(())).await;
+    cluster
+        .until("the feature level", async |c| {
+            let report = c.node(leader).cluster().await;
+            (report.feature_level == Some(stemedb::state::level::FEATURE_LEVEL)).then_some(())
+        })
+        .await;
+    for i in others {
+        cluster.disk(i).hang_sync("segment.0");
+    }
+    // Through another node: it is not given to the leader a second time.
+    let answer = cluster.call(others[0], &cluster.add(spare, "?wait=false")).await;
+    let problem = answer.problem();
+    assert_eq!((answer.status, &*problem.kind), (503, "/problems/order-unknown"), "{}", answer.describe());
+    assert_eq!(problem.outcome.as_deref(), Some("unknown"));
+    let body: serde_json::Value = answer.json().unwrap();
+    for i in others {
+        cluster.disk(i).release();
+    }
+    cluster.ended(others[1], body["job"].as_str().unwrap(), "finished").await;
     cluster.voters(&[0, 1, 2, spare]).await;
     cluster.stop_all().await;
 }

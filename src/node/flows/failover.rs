@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{FlowError, board::Job, fail_point, members};
 use crate::{
-    admin::failover::{self, Other, Step, View},
+    admin::failover::{self, Other, Refusal, Step, View},
     node::{
         core::{ClusterView, Core, Role, Shared},
         process::Process,
@@ -43,10 +43,14 @@ pub struct Candidate {
 pub struct FailoverPlan {
     /// Name of the leader.
     pub from: String,
-    /// Name of the node that would be asked first.
+    /// Name of the node that would be asked first; empty when it would be refused.
     pub to: String,
     /// Always true.
     pub dry_run: bool,
+    /// Whether it would be begun.
+    pub allowed: bool,
+    /// Why not, or what it would do.
+    pub detail: String,
     /// Every other member.
     pub candidates: Vec<Candidate>,
 }
@@ -83,9 +87,16 @@ async fn others(shared: &Shared) -> Result<(&Core, Vec<Other>), FlowError> {
 pub async fn plan_failover(process: &Process, target: Option<&str>) -> Result<FailoverPlan, FlowError> {
     let shared = leading(process)?;
     let (_, others) = others(&shared).await?;
-    let order = failover::choose(shared.name(), &others, target)?;
-    let first = others.iter().find(|other| order.first() == Some(&other.id));
-    let to = first.map(|other| other.name.clone()).unwrap_or_default();
+    let (to, detail) = match failover::choose(shared.name(), &others, target) {
+        Ok(order) => {
+            let first = others.iter().find(|other| order.first() == Some(&other.id));
+            let to = first.map(|other| other.name.clone()).unwrap_or_default();
+            (Some(to.clone()), format!("Leadership would go from {} to {to}", shared.name()))
+        }
+        // There is nothing to plan with a node that does not exist.
+        Err(unknown @ Refusal::Unknown { .. }) => return Err(unknown.into()),
+        Err(refusal) => (None, refusal.to_string()),
+    };
     let candidate = |other: &Other| Candidate {
         name: other.name.clone(),
         fit: failover::fitness(other).is_ok(),
@@ -94,7 +105,8 @@ pub async fn plan_failover(process: &Process, target: Option<&str>) -> Result<Fa
         lag_bytes: other.lag.map(|(_, bytes)| bytes),
     };
     let candidates = others.iter().map(candidate).collect();
-    Ok(FailoverPlan { from: shared.name().to_owned(), to, dry_run: true, candidates })
+    let (allowed, from) = (to.is_some(), shared.name().to_owned());
+    Ok(FailoverPlan { from, to: to.unwrap_or_default(), dry_run: true, allowed, detail, candidates })
 }
 
 /// Begins to move leadership from this node to `target`, or to whoever lacks least. The answer is the job's id, once

@@ -47,6 +47,14 @@ pub struct Candidate {
     pub eta_s: Option<u64>,
 }
 
+impl Candidate {
+    /// Whether it has begun a way in, or would lose nothing by one. A node that only starts, or whose disk stands
+    /// still, answers and takes no part either, and does not come.
+    pub fn comes(&self) -> bool {
+        self.empty || !self.step.is_empty()
+    }
+}
+
 /// Handles `Kind::Candidate`.
 pub fn answer(shared: &Shared) -> Result<Bytes, NetRefusal> {
     let identity = shared.identity.load_full();
@@ -54,8 +62,9 @@ pub fn answer(shared: &Shared) -> Result<Bytes, NetRefusal> {
     let on_its_way = shared.desk.current().filter(|job| job.kind == "rebuild");
     // A node of another cluster, or one that is rebuilt, has something to lose.
     let comes = matches!(&*shared.need.borrow(), Some(Need::Place(_))) || on_its_way.as_ref().is_some_and(|j| j.comes);
-    // Whether a folder is empty is not known before its log was read.
-    if shared.wal().is_none() && on_its_way.is_none() && !comes && identity.is_none() {
+    let removed = shared.members.removed().is_some();
+    // Whether a folder is empty is not known before its log was read; that of a removed node is never read.
+    if shared.wal().is_none() && on_its_way.is_none() && !comes && identity.is_none() && !removed {
         return Err(NetRefusal::new(REFUSED_BEFORE_EFFECT, "this node is still starting"));
     }
     let own = config.cluster.peers.iter().find(|peer| peer.name == config.node.name);
@@ -65,8 +74,7 @@ pub fn answer(shared: &Shared) -> Result<Bytes, NetRefusal> {
         name: config.node.name.clone(),
         cluster_id: (*identity).as_ref().map(|id| id.cluster_id),
         raft_id: (*identity).as_ref().map_or(0, |id| id.raft_id),
-        empty: shared.members.removed().is_none()
-            && (comes || (identity.is_none() && !shared.log_is_used() && on_its_way.is_none())),
+        empty: !removed && (comes || (identity.is_none() && !shared.log_is_used() && on_its_way.is_none())),
         learner: config.cluster.role == MemberRole::Learner,
         http_addr: own.map_or_else(|| config.http.listen.clone(), |peer| peer.http.clone()),
         step: job.step.to_owned(),

@@ -1,6 +1,7 @@
 //! Where a change of the members is shown. What was decided is replicated; how far its step is, only the leader knows.
 
 use std::{
+    collections::BTreeSet,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
@@ -61,6 +62,8 @@ pub struct MembersDesk {
     /// Wakes the task that asks whether this node was removed.
     pub look_again: Notify,
     gone: OnceLock<Gone>,
+    /// The job of a node that comes by itself, and the numbers of its ways in that this leader has let it begin.
+    ways: Mutex<(u128, BTreeSet<u128>)>,
 }
 
 impl MembersDesk {
@@ -99,6 +102,27 @@ impl MembersDesk {
     /// Why requests are refused, if they are: not before load balancers had time to notice.
     pub fn refuses(&self) -> Option<&str> {
         self.gone.get().filter(|gone| Instant::now() >= gone.refuses_from).map(|gone| &*gone.why)
+    }
+
+    /// Lets a node that comes under `job` begin the way `node_job`, or go on with it, unless it has begun `max` others.
+    /// `known`: the way that is in the replicated state; those before it are known only to the leader that has seen them.
+    pub fn begins_way(&self, job: u128, node_job: u128, known: Option<u128>, max: u64) -> bool {
+        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        if ways.0 != job {
+            *ways = (job, BTreeSet::new());
+        }
+        ways.1.extend(known);
+        let others = ways.1.iter().filter(|way| **way != node_job).count();
+        let may = u64::try_from(others).unwrap_or(u64::MAX) <= max || ways.1.contains(&node_job);
+        if may {
+            ways.1.insert(node_job);
+        }
+        may
+    }
+
+    /// An operator has decided: what the node has begun by itself does not count any more.
+    pub fn forget_ways(&self) {
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner).1.clear();
     }
 
     fn running(&self, intent: &Intent) -> JobReport {
@@ -196,5 +220,23 @@ pub async fn wait_ended(shared: &Shared, id: &str) -> Result<Option<JobReport>, 
             () = shared.core_stop.cancelled() => return Ok(None),
             () = tokio::time::sleep(LOOK) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_begins_again_and_again_under_one_job_is_held() {
+        let desk = MembersDesk::default();
+        // The way that is known was let in by a leader before.
+        assert!(desk.begins_way(1, 11, Some(10), 1), "a second one");
+        assert!(!desk.begins_way(1, 12, Some(11), 1) && !desk.begins_way(1, 13, Some(11), 1), "a third one");
+        assert!(desk.begins_way(1, 11, Some(11), 1), "it goes on with the one that it has");
+        assert!(desk.begins_way(2, 12, None, 0), "the first one of another job");
+        assert!(!desk.begins_way(2, 13, Some(12), 0));
+        desk.forget_ways();
+        assert!(desk.begins_way(2, 13, None, 0), "an operator has decided");
     }
 }

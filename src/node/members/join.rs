@@ -6,7 +6,11 @@ use openraft::ChangeMembers;
 use stemedb_net::ClusterId;
 use stemedb_raft::types::{Member, StoredMembership};
 
-use super::{book, is_joint};
+use super::{
+    book,
+    candidate::{Candidate, candidate},
+    is_joint,
+};
 use crate::{
     clock,
     node::{
@@ -31,6 +35,8 @@ pub const BEHIND_ENTRIES_MAX: u64 = 256;
 
 /// The cause of what a learner has begun by itself.
 const CAME_BY_ITSELF: &str = "the node itself";
+/// The cause of what it has begun because an operator has ordered its rebuild.
+const COMES_FOR_AN_OPERATOR: &str = "an operator, at the node itself";
 const DAY_MS: u64 = 24 * 3_600 * 1_000;
 
 /// Entries of the leader's log that a member has not acknowledged, and whether it has acknowledged anything.
@@ -88,6 +94,17 @@ pub async fn place(
     if ask.dry_run {
         return AskReply::Granted(Box::new(granted));
     }
+    if !ask.automatic {
+        shared.members.forget_ways();
+    } else if intent.cause == CAME_BY_ITSELF {
+        // Each way fetches a checkpoint and takes an id: those of this job count as the jobs before it do.
+        let before = times_today(&known, &name, clock::unix_ms());
+        let more = shared.config.rebuild.automatic_per_day.saturating_sub(before.saturating_add(1));
+        let known_way = intent.place.map(|place| place.node_job);
+        if !shared.members.begins_way(intent.job, ask.job, known_way, more) {
+            return too_often(&name);
+        }
+    }
     let id_max = membership.nodes().map(|(id, _)| *id).max().unwrap_or_default();
     let take = MemberCommand::TakePlace { job: intent.job, node_job: ask.job, id_min: id_max.saturating_add(1) };
     match propose_op(shared, core, Operation::Members(take)).await {
@@ -132,26 +149,14 @@ async fn come_again(
     }
     let times = times_today(known, name, clock::unix_ms());
     if ask.automatic && times >= shared.config.rebuild.automatic_per_day {
-        return Err(AskReply::Refused(Refusal::Operator(format!(
-            "{name} has come again {times} times within a day; an operator decides whether its disk is good enough for \
-             another time (POST /v1/admin/node/rebuild on it, or `stemedb rebuild {name}`)"
-        ))));
+        return Err(too_often(name));
     }
     if ask.dry_run {
         return Ok(None);
     }
-    // Another process under its name must not put it out, not even while it is down: whoever comes is at its address.
     let addr = &member.peer_addr;
-    if let Err(why) = level::ask_about(shared, 0, name, addr).await {
-        let why = format!(
-            "{name} to answer at {addr}, where this cluster has it ({why}); one that has moved is removed, and added with \
-             its new address: `stemedb member remove {name}`"
-        );
-        return Err(AskReply::Refused(Refusal::Waits(vec![why])));
-    }
-    let listed = status::ask_status(shared, listed_id, &member.peer_addr).await;
-    if listed.is_ok_and(|status| status.role != Role::Starting.word()) {
-        let why = format!("{name} to end: it still runs under its old id at {}", member.peer_addr);
+    let runs = runs_under(shared, listed_id, addr).await;
+    if let Err(why) = is_at_its_address(&candidate(shared, addr).await, runs, name, addr) {
         return Err(AskReply::Refused(Refusal::Waits(vec![why])));
     }
     let intent = Intent {
@@ -161,7 +166,7 @@ async fn come_again(
         peer_addr: member.peer_addr,
         http_addr: member.http_addr,
         forced: false,
-        cause: if ask.automatic { CAME_BY_ITSELF } else { "an operator" }.to_owned(),
+        cause: if ask.automatic { CAME_BY_ITSELF } else { COMES_FOR_AN_OPERATOR }.to_owned(),
         began_unix_ms: clock::unix_ms(),
         place: None,
         leaves: Vec::new(),
@@ -179,6 +184,66 @@ async fn come_again(
         Ok(other) => Err(AskReply::Failed(format!("the order ended with {other:?}"))),
         Err(why) => Err(AskReply::Failed(why)),
     }
+}
+
+fn too_often(name: &str) -> AskReply {
+    AskReply::Refused(Refusal::Operator(format!(
+        "{name} has come again too often within a day; an operator decides whether its disk is good enough for another time \
+         (POST /v1/admin/node/rebuild on it, or `stemedb rebuild {name}`)"
+    )))
+}
+
+/// Whether a core runs at `addr` under that id.
+async fn runs_under(shared: &Shared, id: u64, addr: &str) -> bool {
+    status::ask_status(shared, id, addr).await.is_ok_and(|status| status.role != Role::Starting.word())
+}
+
+/// Another process under a learner's name must not put it out, not even while it is down, or starts: whoever comes is at
+/// its address, and says there that it comes. `runs`: a core of it runs there. Pure.
+fn is_at_its_address(said: &Result<Candidate, String>, runs: bool, name: &str, addr: &str) -> Result<(), String> {
+    let silent = |why: &str| {
+        format!(
+            "{name} to answer at {addr}, where this cluster has it ({why}); one that has moved is removed, and added with \
+             its new address: `stemedb member remove {name}`"
+        )
+    };
+    match said {
+        _ if runs => Err(format!("{name} to end: it still runs under its old id at {addr}")),
+        Err(why) => Err(silent(why)),
+        Ok(said) if said.name != name => Err(silent(&format!("{} answers", said.name))),
+        Ok(said) if !said.comes() => {
+            Err(format!("{name} at {addr} to ask itself: it has its files there, under Raft id {}", said.raft_id))
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// What has become of a learner that was to come again under another id.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Before {
+    /// Ids under which it is listed that are not given up for sure, the one that it is to have apart.
+    pub kept: BTreeSet<u64>,
+    /// The one of them under which it is at work.
+    pub at_work: Option<u64>,
+}
+
+/// Looks after a learner that is to come again and has not joined: its order may have been given up. Of a node that
+/// comes for the first time nothing is kept: all of its ids were given to it on its way in.
+pub async fn before(shared: &Shared, membership: &StoredMembership, intent: &Intent) -> Before {
+    let again = [CAME_BY_ITSELF, COMES_FOR_AN_OPERATOR].contains(&&*intent.cause);
+    let joined = intent.place.is_some_and(|place| membership.get_node(&place.fresh_id).is_some());
+    let listed = learners_of(membership, &intent.name, &BTreeSet::new());
+    if !again || joined || listed.is_empty() {
+        return Before::default();
+    }
+    for id in &listed {
+        if runs_under(shared, *id, &intent.peer_addr).await {
+            return Before { at_work: Some(*id), kept: [*id].into() };
+        }
+    }
+    // Nobody knows what a silent one has. Whoever is on its way has given up what it had, or is about to.
+    let comes = candidate(shared, &intent.peer_addr).await.is_ok_and(|said| said.name == intent.name && said.comes());
+    Before { at_work: None, kept: if comes { BTreeSet::new() } else { listed } }
 }
 
 /// How often a learner has come again by itself within the last day. Pure.
@@ -223,18 +288,18 @@ async fn join(core: &Core, intent: &Intent, fresh_id: u64) -> Result<(), String>
     if membership.get_node(&fresh_id).is_none() {
         bounded(core.raft.add_learner(fresh_id, member, false)).await?;
     }
-    take_out_learners(core, &intent.name, Some(fresh_id)).await
+    take_out_learners(core, &intent.name, &[fresh_id].into()).await
 }
 
 /// The learners of that name, all but `keep`. Of a node that comes they are ways in that were given up.
-pub fn learners_of(membership: &StoredMembership, name: &str, keep: Option<u64>) -> BTreeSet<u64> {
+pub fn learners_of(membership: &StoredMembership, name: &str, keep: &BTreeSet<u64>) -> BTreeSet<u64> {
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
-    let is_void = |(id, member): &(&u64, &Member)| member.name == name && Some(**id) != keep && !voters.contains(id);
+    let is_void = |(id, member): &(&u64, &Member)| member.name == name && !keep.contains(id) && !voters.contains(id);
     membership.nodes().filter(is_void).map(|(id, _)| *id).collect()
 }
 
 /// Removes the learners of that name, all but `keep`.
-pub async fn take_out_learners(core: &Core, name: &str, keep: Option<u64>) -> Result<(), String> {
+pub async fn take_out_learners(core: &Core, name: &str, keep: &BTreeSet<u64>) -> Result<(), String> {
     let void = learners_of(&core.raft_metrics().membership_config, name, keep);
     if !void.is_empty() {
         bounded(core.raft.change_membership(ChangeMembers::RemoveNodes(void), true)).await?;
@@ -256,9 +321,30 @@ mod tests {
         let member = |name: &str| Member { name: name.into(), ..Member::default() };
         let nodes = BTreeMap::from([(1, member("a")), (2, member("b")), (7, member("d")), (9, member("d"))]);
         let membership = StoredMembership::new(None, Membership::new(vec![[1, 2].into()], nodes).unwrap());
-        assert_eq!(learners_of(&membership, "d", Some(9)), [7].into());
-        assert_eq!(learners_of(&membership, "d", None), [7, 9].into());
-        assert_eq!(learners_of(&membership, "a", None), [].into(), "a voter is none");
+        assert_eq!(learners_of(&membership, "d", &[9].into()), [7].into());
+        assert_eq!(learners_of(&membership, "d", &[].into()), [7, 9].into());
+        assert_eq!(learners_of(&membership, "a", &[].into()), [].into(), "a voter is none");
+    }
+
+    #[test]
+    fn only_whoever_says_at_its_address_that_it_comes_takes_the_place_of_a_learner() {
+        let said = |name: &str, empty, step: &str| {
+            Ok(Candidate { name: name.into(), empty, step: step.into(), raft_id: 4, ..Candidate::default() })
+        };
+        let is = |said: &Result<Candidate, String>, runs| is_at_its_address(said, runs, "far", "h:1");
+        is(&said("far", true, ""), false).unwrap();
+        is(&said("far", false, "asking for the permit"), false).unwrap();
+        for (said, runs, words) in [
+            (said("far", false, ""), true, "it still runs"),
+            (said("far", false, "asking for the permit"), true, "it still runs"),
+            // It starts, or its disk stands still: its role is that of a node whose core has ended.
+            (said("far", false, ""), false, "it has its files there, under Raft id 4"),
+            (said("near", true, ""), false, "near answers"),
+            (Err("no route".to_owned()), false, "no route"),
+        ] {
+            let why = is(&said, runs).unwrap_err();
+            assert!(why.contains(words) && why.contains("h:1"), "{why}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{
     candidate::candidate,
     ids_of, is_joint,
-    join::{BEHIND_ENTRIES_MAX, behind, learners_of, take_out_learners},
+    join::{BEHIND_ENTRIES_MAX, Before, before, behind, learners_of, take_out_learners},
 };
 use crate::{
     admin::{
@@ -21,6 +21,7 @@ use crate::{
         member::{self, Kind, Outlook, Step, View, Voters, next},
     },
     clock,
+    config::MemberRole,
     node::{
         core::{Core, Role, Shared},
         flows::{Asked, ask_all, candidates, ill, lags, move_leadership},
@@ -53,12 +54,19 @@ const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// How long a removed node may take to hear that it had better look.
 const LOOK_AGAIN_MAX: Duration = Duration::from_secs(1);
 
-/// The points at which a test ends the leader: before each step that changes something, in the order of a replacement.
+/// The point before a leader that is asked to remove itself gives leadership away: nothing is begun yet.
+pub const ORDER_LEAVE: &str = "member.order_leave";
+
+/// The points at which a test ends the leader: before each step, in the order of a replacement.
 pub const POINTS: &[&str] = &[
+    ORDER_LEAVE,
     "member.await_join",
+    "member.give_up",
     "member.await_log",
+    "member.await_quorum",
     "member.leave",
     "member.announce",
+    "member.withdraw",
     "member.change",
     "member.finish",
     "member.take_out",
@@ -68,6 +76,7 @@ pub const POINTS: &[&str] = &[
 fn point(step: Step) -> Option<&'static str> {
     Some(match step {
         Step::AwaitJoin => "member.await_join",
+        Step::GiveUp => "member.give_up",
         Step::AwaitLog => "member.await_log",
         Step::Leave => "member.leave",
         Step::Announce => "member.announce",
@@ -75,8 +84,11 @@ fn point(step: Step) -> Option<&'static str> {
         Step::Finish => "member.finish",
         Step::TakeOut => "member.take_out",
         Step::Undone => "member.undone",
-        // Only after a leader has died, or a voter.
-        Step::Complete | Step::AwaitQuorum | Step::Withdraw => return None,
+        Step::AwaitQuorum => "member.await_quorum",
+        Step::Withdraw => "member.withdraw",
+        // Raft goes from one half of a change to the other by itself, so that no test can have a leader end between
+        // them.
+        Step::Complete => return None,
     })
 }
 
@@ -155,8 +167,13 @@ pub async fn run(shared: Arc<Shared>) {
     let mut pace = Pace::default();
     let mut left_behind = LeftBehind::default();
     let mut said = String::new();
+    let mut role_said = false;
     let work = async {
         loop {
+            if !role_said && let Some(why) = votes_unasked(&shared) {
+                role_said = true;
+                tracing::warn!("{why}");
+            }
             let leads = shared.view.borrow().role == Role::Leader && shared.silenced().is_none();
             let round = if leads { round(&shared, core, &mut pace).await } else { Ok(Round::Idle) };
             if leads
@@ -202,6 +219,7 @@ struct Sight {
     asked: Vec<Asked>,
     outlook: Outlook,
     refusal: Option<String>,
+    before: Before,
     view: View,
 }
 
@@ -223,6 +241,20 @@ async fn round(shared: &Arc<Shared>, core: &Core, pace: &mut Pace) -> Result<Rou
         return Ok(Round::Stopped);
     }
     take(shared, core, step, sight, pace).await
+}
+
+/// That this node votes, and its configuration says that it never does. The members are what the cluster has decided,
+/// and no node can leave them by itself.
+fn votes_unasked(shared: &Shared) -> Option<String> {
+    let (own, name) = (shared.local.load().node_id, shared.name());
+    let votes = shared.view.borrow().membership.voter_ids().any(|id| id == own);
+    (votes && shared.config.cluster.role == MemberRole::Learner).then(|| {
+        format!(
+            "cluster.role is \"learner\", and this node votes and may lead, as it did before: the key counts when a node \
+             comes. To make it a learner: `stemedb member remove {name}`, start it with an empty folder, and `stemedb member \
+             add {name} --addr HOST:PORT --learner`"
+        )
+    })
 }
 
 fn kind_of(intent: &Intent) -> Kind {
@@ -273,7 +305,9 @@ async fn look(shared: &Shared, core: &Core, intent: Intent, committed: u64) -> R
     let kind = kind_of(&intent);
     // A node may have failed since the order: what was no loss then may be one now, and only force allows that.
     let refusal = outlook.refusal(kind, intent.forced);
-    let left_over = intent.coming().is_some_and(|name| !learners_of(&membership, name, fresh_id).is_empty());
+    let before = before(shared, &membership, &intent).await;
+    let keep: BTreeSet<u64> = before.kept.iter().copied().chain(fresh_id).collect();
+    let left_over = intent.coming().is_some_and(|name| !learners_of(&membership, name, &keep).is_empty());
     let leaving = intent.leaving();
     let view = View {
         kind,
@@ -283,17 +317,18 @@ async fn look(shared: &Shared, core: &Core, intent: Intent, committed: u64) -> R
         joint: is_joint(&membership),
         joined,
         left_over,
+        at_work: before.at_work.is_some(),
         near: joined && near,
         votes,
         old_is_member: leaving.is_some_and(|name| !ids_of(&membership, name).is_empty()),
         old_leads: leaving == Some(shared.name()),
         safe: refusal.is_none(),
     };
-    Ok(Sight { intent, membership, asked, outlook, refusal, view })
+    Ok(Sight { intent, membership, asked, outlook, refusal, before, view })
 }
 
 async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace: &mut Pace) -> Result<Round, String> {
-    let Sight { intent, membership, asked, outlook, refusal, view } = sight;
+    let Sight { intent, membership, asked, outlook, refusal, before, view } = sight;
     let job = intent.job;
     let fresh_id = intent.place.map(|place| place.fresh_id);
     let seen = || Precondition::LastMembershipLogId { last_membership_log_id: *membership.log_id() };
@@ -301,6 +336,14 @@ async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace:
         Step::AwaitJoin => {
             show_candidate(shared, &intent).await;
             return Ok(Round::Waits(ASK_PAUSE));
+        }
+        Step::GiveUp => {
+            tracing::warn!(
+                name = intent.name,
+                id = before.at_work,
+                "a learner that was to come again is at work as before"
+            );
+            done(propose(shared, core, MemberCommand::Cancel { job }).await?)?;
         }
         Step::AwaitLog => {
             let entries = fresh_id.map_or(0, |id| behind(core, id).0);
@@ -349,7 +392,8 @@ async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace:
         Step::Complete => complete(core, &membership).await?,
         Step::TakeOut => {
             let undoes = intent.cancelled && !intent.changing;
-            take_out_learners(core, &intent.name, fresh_id.filter(|_| !undoes)).await?;
+            let keep: BTreeSet<u64> = before.kept.into_iter().chain(fresh_id.filter(|_| !undoes)).collect();
+            take_out_learners(core, &intent.name, &keep).await?;
         }
         Step::Finish => {
             let detail = summary(&intent, &outlook);
@@ -361,13 +405,26 @@ async fn take(shared: &Arc<Shared>, core: &Core, step: Step, sight: Sight, pace:
         }
         Step::Undone => {
             let (end, ended_unix_ms) = (End::Cancelled, clock::unix_ms());
-            let detail = format!("an operator has cancelled it; {} is no member", intent.name);
-            let detail = if intent.coming().is_some() { detail } else { "an operator has cancelled it".to_owned() };
+            let detail = undone(&intent, &before);
             done(propose(shared, core, MemberCommand::End { job, end, detail, ended_unix_ms }).await?)?;
             shared.members.show(job, "finished", |live| (live.entries_behind, live.eta_s) = (None, None));
         }
     }
     Ok(Round::Done)
+}
+
+fn undone(intent: &Intent, before: &Before) -> String {
+    let name = &intent.name;
+    match (before.at_work, before.kept.last()) {
+        (Some(id), _) => format!("{name} does not come again: it is at work under Raft id {id}, as before"),
+        (None, Some(id)) => {
+            format!(
+                "it was cancelled; {name} stays a learner under Raft id {id}: `stemedb member remove {name}` ends that"
+            )
+        }
+        (None, None) if intent.coming().is_some() => format!("an operator has cancelled it; {name} is no member"),
+        (None, None) => "an operator has cancelled it".to_owned(),
+    }
 }
 
 fn summary(intent: &Intent, outlook: &Outlook) -> String {
@@ -457,4 +514,31 @@ fn tell_removed(shared: &Arc<Shared>, intent: &Intent) {
         }
         peer.close();
     });
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::{config::Config, metrics::Metrics, node::Node};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_voter_that_is_configured_as_a_learner_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.storage.ballast_mb = 0;
+        config.node.data_dir = dir.path().to_path_buf();
+        config.cluster.peer_listen = Some("127.0.0.1:0".into());
+        for role in [MemberRole::Voter, MemberRole::Learner] {
+            config.cluster.role = role;
+            let node = Node::start(Arc::new(config.clone()), Arc::new(Metrics::new())).await.unwrap();
+            let shared = node.shared();
+            let votes = |view: &crate::node::core::ClusterView| view.membership.voter_ids().next().is_some();
+            shared.view.subscribe().wait_for(votes).await.unwrap();
+            let said = votes_unasked(&shared);
+            assert_eq!(said.is_some(), role == MemberRole::Learner, "{said:?}");
+            assert!(said.is_none_or(|why| why.contains("stemedb member remove node-1")));
+            node.shutdown().await;
+        }
+    }
 }

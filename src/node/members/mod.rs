@@ -35,7 +35,7 @@ pub use self::{
     order::{MemberOrder, MemberPlan, NotUndone, Ordered, cancel, order},
 };
 
-/// Why an order about members was not taken. Nothing was changed.
+/// Why an order about members was not taken. Nothing was changed, unless it says that this is not known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemberError {
     /// Another change of the members goes on.
@@ -89,6 +89,14 @@ pub enum MemberError {
     /// It is not possible here and now.
     #[error("{0}")]
     Impossible(String),
+    /// It was proposed, and what came of it was not heard.
+    #[error("whether job {job} has begun is not known ({why})")]
+    OutcomeUnknown {
+        /// The id under which it goes on, if it does.
+        job: String,
+        /// Why.
+        why: String,
+    },
     /// This node does not lead; the name of the one that does.
     #[error("this node does not lead")]
     NotLeader(Option<String>),

@@ -4,13 +4,16 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use stemedb_raft::types::StoredMembership;
-use tokio::time::{Duration, Instant, sleep};
+use tokio::{
+    net::TcpStream,
+    time::{Duration, Instant, sleep, timeout},
+};
 
 use super::{
     MemberError, book,
     candidate::{Candidate, candidate},
     ids_of, is_joint,
-    lead::{leave, outlook, propose},
+    lead::{ORDER_LEAVE, leave, outlook, propose},
 };
 use crate::{
     admin::member::{self, Kind, Outlook},
@@ -21,7 +24,10 @@ use crate::{
         level,
         process::Process,
         read,
-        rebuild::desk::{JobReport, job_id},
+        rebuild::{
+            desk::{JobReport, job_id},
+            fail_point,
+        },
     },
     state::{
         command::{MemberCommand, Refusal},
@@ -32,6 +38,9 @@ use crate::{
 
 /// How long this node may take to apply what is committed.
 const APPLIED_MAX: Duration = Duration::from_secs(10);
+
+/// How long a connection to the HTTP listener of a node may take.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
 
 /// How long the others may take to show a new leader how far their logs are, and how often it is looked at.
 const LAG_KNOWN_MAX: Duration = Duration::from_secs(2);
@@ -162,10 +171,12 @@ fn fit(said: &Candidate, name: &str, addr: &str, own_cluster: [u8; 16], votes: b
         ));
     }
     if !said.empty {
+        let what = match said.raft_id {
+            0 => "it was a member's".to_owned(),
+            id => format!("it has Raft id {id} there"),
+        };
         return unfit(format!(
-            "the folder of {name} is not empty (it has Raft id {} there): move it away, and start the node with an empty \
-             one",
-            said.raft_id
+            "the folder of {name} is not empty ({what}): move it away, and start the node with an empty one"
         ));
     }
     if said.learner && votes {
@@ -239,6 +250,9 @@ pub async fn order(
     }
     if leads {
         // The next leader takes the order: a node that leaves hears nothing of what comes after.
+        if fail_point::hit(&shared.config.node.data_dir, ORDER_LEAVE).is_err() {
+            shared.core_stop.cancelled().await;
+        }
         leave(&shared, core, asked).await.map_err(MemberError::Impossible)?;
         let leader = shared.view.borrow().leader.as_ref().filter(|leader| !leader.here).map(|l| l.name.clone());
         return Err(MemberError::NotLeader(leader));
@@ -259,9 +273,7 @@ pub async fn order(
             Err(MemberError::Busy(Box::new(busy)))
         }
         Ok(Err(refusal)) => Err(MemberError::Impossible(format!("{refusal:?}"))),
-        Err(why) => Err(MemberError::Impossible(format!(
-            "whether it has begun is not known ({why}); look at GET /v1/admin/jobs"
-        ))),
+        Err(why) => Err(MemberError::OutcomeUnknown { job: job_id(job), why }),
     }
 }
 
@@ -324,9 +336,27 @@ async fn intended(
     if said.raft_id != 0 && membership.get_node(&said.raft_id).is_some() {
         return Err(MemberError::Exists { what: format!("Raft id {}", said.raft_id), by: name });
     }
+    if let Some(http) = http.as_ref().filter(|http| **http != said.http_addr) {
+        listens(http).await.map_err(|why| {
+            MemberError::Unfit(format!(
+                "nobody listens for the clients of {name} at {http} ({why}), and {name} itself says {:?}: correct the HTTP \
+                 address, or leave it out",
+                said.http_addr
+            ))
+        })?;
+    }
     let http = http.unwrap_or_else(|| said.http_addr.clone());
     free(membership, &name, &addr, &http)?;
     Ok(new_intent(change, name, addr, http, forced))
+}
+
+/// Whether anybody listens at `addr`: a member whose address is wrong cannot be drained, rebuilt or asked through
+/// others.
+async fn listens(addr: &str) -> Result<(), String> {
+    match timeout(CONNECT_MAX, TcpStream::connect(addr)).await {
+        Ok(connected) => connected.map(drop).map_err(|e| e.to_string()),
+        Err(_) => Err(format!("no connection within {CONNECT_MAX:?}")),
+    }
 }
 
 fn new_intent(change: Change, name: String, peer_addr: String, http_addr: String, forced: bool) -> Intent {
@@ -353,6 +383,8 @@ pub enum NotUndone {
     NotLeader(Option<String>),
     /// There is no such change, or it has ended, or the voters are changing.
     No(String),
+    /// It was proposed, and what came of it was not heard: why.
+    OutcomeUnknown(String),
 }
 
 /// Cancels a change of the members, where that is safe. The leader undoes it.
@@ -369,7 +401,7 @@ pub async fn cancel(process: &Arc<Process>, id: &str) -> Result<(), NotUndone> {
             Ok(())
         }
         Ok(Err(_)) => Err(NotUndone::No("it has ended, or the voters are changing, which ends by itself".to_owned())),
-        Err(why) => Err(NotUndone::No(format!("whether it is being cancelled is not known ({why}); repeat this"))),
+        Err(why) => Err(NotUndone::OutcomeUnknown(why)),
     }
 }
 

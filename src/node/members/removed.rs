@@ -55,11 +55,13 @@ impl Mark {
     }
 }
 
-fn sentence(own_name: &str, removed: &Removed) -> String {
+/// `addr`: where the peer listener of this node is, by its own configuration.
+fn sentence(own_name: &str, addr: Option<&str>, removed: &Removed) -> String {
+    let addr = addr.unwrap_or("HOST:PORT");
     let instead = removed.replaced_by.as_ref().map_or_else(String::new, |by| format!(", and {by} has taken its place"));
     format!(
         "{own_name} was removed from the cluster under its Raft id {}{instead}. To have it back, stop it, move its data \
-         folder away, start it and run `stemedb member add {own_name}`",
+         folder away, start it and run `stemedb member add {own_name} --addr {addr}`",
         removed.id
     )
 }
@@ -115,7 +117,8 @@ async fn ask(process: &Process, shared: &Shared, cluster_id: ClusterId, raft_id:
 }
 
 async fn leave(process: &Arc<Process>, shared: &Arc<Shared>, removed: &Removed) {
-    let why = sentence(shared.name(), removed);
+    let own = process.peers.iter().find(|peer| peer.name == shared.name());
+    let why = sentence(shared.name(), own.map(|peer| &*peer.addr), removed);
     tracing::warn!("{why}");
     let (mark, data_dir) = (Mark { why: why.clone() }, process.config.node.data_dir.clone());
     match tokio::task::spawn_blocking(move || mark.save(&data_dir)).await {
@@ -139,7 +142,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Mark::load(dir.path()).unwrap(), None);
         let removed = Removed { id: 3, name: "c".into(), replaced_by: Some("d".into()), at_unix_ms: 5 };
-        let mark = Mark { why: sentence("c", &removed) };
+        let mark = Mark { why: sentence("c", Some("c:1"), &removed) };
+        assert!(mark.why.ends_with("run `stemedb member add c --addr c:1`"), "{}", mark.why);
+        assert!(
+            sentence("c", None, &removed).ends_with("--addr HOST:PORT`"),
+            "the line can be used as it is but for that"
+        );
         assert!(mark.why.contains("Raft id 3, and d has taken its place"), "{}", mark.why);
         mark.save(dir.path()).unwrap();
         assert_eq!(Mark::load(dir.path()).unwrap(), Some(mark));

@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use lsm_tree::{AbstractTree, Guard, SeqNo};
-use stemedb_raft::io_times::Series;
 
 use super::guard::{caught, caught_read};
 use super::hidden;
@@ -84,27 +83,24 @@ pub struct Snapshot {
     engine: Arc<Inner>,
     seqno: SeqNo,
     registered: bool,
-    reads: Series,
 }
 
 impl Snapshot {
     /// The published state.
     pub(crate) fn published(engine: Arc<Inner>) -> Snapshot {
         let seqno = engine.snapshots.open();
-        let reads = series(&engine);
-        Snapshot { engine, seqno, registered: true, reads }
+        Snapshot { engine, seqno, registered: true }
     }
 
     /// Whatever is written at the moment of each call; for the one thread that writes.
     pub(crate) fn written(engine: Arc<Inner>) -> Snapshot {
-        let reads = series(&engine);
-        Snapshot { engine, seqno: SeqNo::MAX, registered: false, reads }
+        Snapshot { engine, seqno: SeqNo::MAX, registered: false }
     }
 
     /// A read that the watchdog sees. Not what follows one that failed: to find the damaged table may take long on a disk
     /// that does not hang.
     fn seen<T>(&self, read: impl FnOnce() -> T) -> T {
-        let _seen = self.reads.begin();
+        let _seen = self.engine.options.io_times.row("read", "kv/tables");
         read()
     }
 
@@ -125,10 +121,6 @@ impl Snapshot {
             error
         })
     }
-}
-
-fn series(engine: &Inner) -> Series {
-    engine.options.io_times.series("read", "kv/tables")
 }
 
 impl Drop for Snapshot {

@@ -44,6 +44,7 @@ use super::{
     space_watch::SpaceWatch,
     submit_rules::Leader,
     vital::Vital,
+    way::Way,
 };
 use crate::{
     clock,
@@ -190,6 +191,8 @@ pub struct Shared {
     pub assignments: mpsc::Sender<AssignRequest>,
     /// The cluster as seen from here.
     pub view: watch::Sender<ClusterView>,
+    /// How the leader is reached, when not as usual.
+    pub way: watch::Sender<Way>,
     /// Contacts with leaders.
     pub freshness: Mutex<Freshness>,
     /// Log time as estimated here.

@@ -7,10 +7,12 @@
 # restart behind nginx, and once a week leadership moved in the cluster that is in use:
 #
 #   15 3 * * *  stemedb  /opt/stemedb/scripts/failover-drill.sh --kind drain --behind nginx
-#   15 4 * * 0  stemedb  /opt/stemedb/scripts/failover-drill.sh --kind failover --endpoints db1:18180,db2:18180,db3:18180
+#   15 4 * * 0  stemedb  /opt/stemedb/scripts/failover-drill.sh --kind failover --rounds 3 --endpoints db1:18180,db2:18180,db3:18180
 #
-# Each run leaves TIME.html, TIME.json and TIME.log in the folder of reports, and `latest` points to the last ones. On success
-# nothing is printed, so that cron sends no mail; else the log is, and where the report lies.
+# Each run leaves TIME.html, TIME.json and TIME.log in the folder of reports, and `latest` points to those of the last run: while
+# it goes on, and when it has left no report, there is only latest.log. On success nothing is printed, so that cron sends no
+# mail; else the log is, and where the report lies. A cluster in use gets 100 operations a second, unless --rate, --clients or
+# --rate-fraction say otherwise; what is written stays in it. SIGTERM ends the drill, which first puts back what it has drained.
 #
 # Environment:
 #   STEMEDB           the program; default: stemedb on the PATH, else what cargo has built beside this script
@@ -21,7 +23,7 @@
 set -uo pipefail
 
 case "${1:-}" in
-    -h | --help) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,24s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
 here=$(cd "$(dirname "$0")/.." && pwd) || exit 5
 program=${STEMEDB:-}
@@ -50,10 +52,26 @@ fi
 [ $# -gt 0 ] || set -- --kind all
 name=$(date -u +%Y%m%dT%H%M%SZ)
 run=$reports/$name
-"$program" drill "$@" --json --html "$run.html" >"$run.json" 2>"$run.log" 9>&-
-status=$?
-for kind in html json log; do
-    [ -e "$run.$kind" ] && ln -sfn "$name.$kind" "$reports/latest.$kind"
+# Nobody may take the report of an earlier run for that of one which left none.
+rm -f "$reports/latest.html" "$reports/latest.json" "$run.html" "$run.json"
+ln -sfn "$name.log" "$reports/latest.log"
+drill=
+# From a terminal the drill gets Ctrl-C itself; a second signal would keep it from putting back what it has drained.
+trap '[ -z "$drill" ] || kill -TERM "$drill" 2>/dev/null' TERM
+trap : INT HUP
+"$program" drill "$@" --json --html "$run.html" >"$run.json" 2>"$run.log" 9>&- &
+drill=$!
+# A signal ends a wait and not the drill. Once its end was told there is nothing left to wait for (127).
+while wait "$drill"; ended=$?; [ "$ended" -ne 127 ]; do
+    status=$ended
+    [ "$ended" -gt 128 ] || break
+done
+for kind in html json; do
+    if [ -s "$run.$kind" ]; then
+        ln -sfn "$name.$kind" "$reports/latest.$kind"
+    else
+        rm -f "$run.$kind"
+    fi
 done
 
 # Names are times, so that the oldest come first.

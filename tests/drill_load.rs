@@ -1,6 +1,9 @@
 //! The drill's clients and the judge together, against nodes that lie: what is planted is caught on the way that a real
-//! drill takes, over HTTP.
+//! drill takes, over HTTP. And the whole command against nodes that break it: there is a report whatever happens.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
+
+#[path = "drill_load/broken.rs"]
+mod broken;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -105,17 +108,26 @@ async fn query(State(store): State<Shared>, Query(ask): Query<HashMap<String, St
     Json(json!({"assertions": newest.map(show).into_iter().collect::<Vec<_>>(), "cursor": null}))
 }
 
+fn store_of(lie: Lie, enough: &Arc<Notify>) -> Shared {
+    let enough = Arc::clone(enough);
+    Arc::new(Mutex::new(Store { lie, facts: Vec::new(), keys: HashMap::new(), next_index: 0, enough }))
+}
+
+/// What clients ask for.
+fn facts(store: &Shared) -> Router {
+    let routes = Router::new().route("/v1/assert", post(write)).route("/v1/query", get(query));
+    routes.with_state(Arc::clone(store))
+}
+
 /// Runs eight clients on three nodes that tell `lie`, repeats some writes, lists all nodes, and judges.
 async fn verdict(lie: Lie) -> (Verdict, u64) {
     let enough = Arc::new(Notify::new());
-    let store = Store { lie, facts: Vec::new(), keys: HashMap::new(), next_index: 0, enough: Arc::clone(&enough) };
-    let store = Arc::new(Mutex::new(store));
+    let store = store_of(lie, &enough);
     let mut endpoints = Vec::new();
     for _ in 0..3 {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         endpoints.push(Endpoint::parse(&listener.local_addr().unwrap().to_string()).unwrap());
-        let routes = Router::new().route("/v1/assert", post(write)).route("/v1/query", get(query));
-        let app = routes.with_state(Arc::clone(&store));
+        let app = facts(&store);
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
     }
     let load = Load::new(endpoints, 64, 1);

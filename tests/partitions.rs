@@ -16,6 +16,7 @@ mod rig;
 use std::{sync::Arc, time::Duration};
 
 use hosts::{HOSTS, Hosts};
+use hyper::header::{HeaderName, HeaderValue};
 use rig::HANG;
 use serde_json::{Value, json};
 use stemedb::{
@@ -24,12 +25,14 @@ use stemedb::{
         drill_watch::{Down, survivor_errors},
         http_client::{Call, Client},
     },
-    judge::{self, WriteOutcome, longest_gap_touching},
+    judge::{self, ReadOutcome, WriteOutcome, longest_gap_touching},
 };
 use tokio::{task::JoinSet, time::timeout};
 
 const PAUSE: Duration = Duration::from_millis(10);
 const CLIENTS: u32 = 9;
+/// How often a scenario is played until nobody was disturbed in it.
+const TRIES: usize = 3;
 
 struct Cluster {
     hosts: Hosts,
@@ -82,6 +85,10 @@ impl Cluster {
                 if c.ask(node, &Call::get("/v1/health/ready")).await?.0 != 200 {
                     return None;
                 }
+                // One that applies what is old takes log time to be as old, and two seconds are a short deadline.
+                if c.ask(node, &Call::get("/v1/health/replica?max_lag=100")).await?.0 != 200 {
+                    return None;
+                }
                 let health = c.health(node).await?;
                 seen.push((health["role"] == "leader", health["term"].as_u64()?));
             }
@@ -125,6 +132,37 @@ impl Cluster {
         println!("node-{} cut off, {what}: {kind}: {detail}", node + 1);
     }
 
+    /// What load balancers see of a node that is cut off: it is not ready, which the others are, and what comes through one
+    /// is given back at once, to be sent to another node.
+    async fn until_cut_off(&self, node: usize) {
+        let what = format!("node-{} not ready, being cut off", node + 1);
+        self.until(&what, async |c| {
+            let (status, problem) = c.ask(node, &Call::get("/v1/health/ready")).await?;
+            let is_cut_off = problem["detail"].as_str().is_some_and(|detail| detail.contains("cut off"));
+            (status == 503 && is_cut_off).then_some(())
+        })
+        .await;
+        let mut client = Client::new(self.load.endpoints[node].clone());
+        let health = client.call(&Call::get("/v1/health"), HANG).await.unwrap();
+        assert!(health.json::<Value>().unwrap()["cut_off"].is_string(), "{}", health.describe());
+        // Whatever it takes itself for.
+        assert_eq!(health.header("x-envoy-degraded"), Some("true"), "{}", health.describe());
+        for other in (0..HOSTS).filter(|other| *other != node) {
+            let (status, problem) = self.ask(other, &Call::get("/v1/health/ready")).await.unwrap();
+            assert_eq!(status, 200, "node-{}: {problem}", other + 1);
+        }
+        let body = json!({"concept_path": "partition/probe", "predicate": "p", "value": "balanced"}).to_string();
+        let calls = [Call::post("/v1/assert", body), Call::get("/v1/query?concept_path=partition/probe")];
+        for call in calls {
+            let id = HeaderValue::from_static("an-id-of-a-balancer");
+            let call = call.header(HeaderName::from_static("x-stemedb-retry-id"), id);
+            let mut client = Client::new(self.load.endpoints[node].clone());
+            let answer = client.call(&call, HANG).await.unwrap();
+            assert_eq!(answer.status, 503, "{}", answer.describe());
+            assert_eq!(answer.header("x-stemedb-try-elsewhere"), Some("true"), "{}", answer.describe());
+        }
+    }
+
     /// Leadership goes back to a node that led alone, with writes in hand. What it stamped then, and nobody committed,
     /// must not make them too old for it.
     async fn lead_again(&self, node: usize) {
@@ -142,8 +180,19 @@ impl Cluster {
     }
 
     /// Cuts, waits until the others serve and the node that is alone refuses; heals, waits until all agree. The answer is
-    /// who was alone.
+    /// who was alone. The leader of the others must not be disturbed: on a machine that is busy one may lose its place for
+    /// that reason alone, so that it happens again when it is a rule.
     async fn scenario(&mut self, what: &str, cut: impl Fn(&Hosts, usize, [usize; 2]), alone: Alone) -> usize {
+        for _ in 0..TRIES {
+            let (alone, undisturbed) = self.once(what, &cut, alone).await;
+            if undisturbed {
+                return alone;
+            }
+        }
+        panic!("{what}: each of {TRIES} times a leader lost its place when the node was back");
+    }
+
+    async fn once(&mut self, what: &str, cut: impl Fn(&Hosts, usize, [usize; 2]), alone: Alone) -> (usize, bool) {
         let (leader, term) = self.until_whole().await;
         let others: Vec<usize> = (0..HOSTS).filter(|node| *node != leader).collect();
         let alone = match alone {
@@ -169,6 +218,7 @@ impl Cluster {
         };
         self.until("the majority serves on both its nodes", served).await;
         self.until_refuses(alone).await;
+        self.until_cut_off(alone).await;
         let (new_leader, new_term) = self
             .until("a leader among the majority", async |c| {
                 for node in &serving {
@@ -185,8 +235,8 @@ impl Cluster {
         assert!(term_alone <= term.max(new_term), "{what}: alone it went on to term {term_alone}, past {new_term}");
         self.hosts.heal();
         let (last_leader, last_term) = self.until_whole().await;
-        if (last_leader, last_term) != (new_leader, new_term) {
-            // On a machine that is busy a leader may lose its place for that reason alone.
+        let undisturbed = (last_leader, last_term) == (new_leader, new_term);
+        if !undisturbed {
             println!("{what}: leadership moved after healing, from term {new_term} to {last_term}");
         }
         self.until_more_acknowledged().await;
@@ -195,7 +245,53 @@ impl Cluster {
         let acknowledged = self.load.recorder.history().acknowledged_us();
         let gap = longest_gap_touching(&acknowledged, from_us, to_us);
         println!("{what}: longest time without an acknowledged write {:.0} ms", gap.length_us() as f64 / 1e3);
-        alone
+        (alone, undisturbed)
+    }
+
+    /// A link is cut between the leader and a follower, which goes on serving writes and linearizable reads through the
+    /// third node, stays ready, and disturbs nobody.
+    async fn ring(&mut self) {
+        let what = "a ring with one link cut";
+        for _ in 0..TRIES {
+            let before = self.until_whole().await;
+            let (leader, _) = before;
+            let one = (0..HOSTS).find(|node| *node != leader).unwrap();
+            let from_us = self.load.recorder.now_us();
+            self.hosts.cut_both(one, leader);
+            self.until("the follower serves writes and reads that began after the cut", async |c| {
+                let history = c.load.recorder.history_since(from_us);
+                let is_late = |node: u16, start_us: u64| usize::from(node) == one && start_us > from_us;
+                let writes = history
+                    .writes
+                    .iter()
+                    .filter(|w| is_late(w.node, w.start_us) && matches!(w.outcome, WriteOutcome::Acknowledged { .. }));
+                let reads = history
+                    .reads
+                    .iter()
+                    .filter(|r| is_late(r.node, r.start_us) && matches!(r.outcome, ReadOutcome::Answered { .. }));
+                (writes.count() > 50 && reads.count() > 5).then_some(())
+            })
+            .await;
+            // What was on its way to the leader may have ended with its deadline; from here on nothing may fail.
+            let to_us = self.load.recorder.now_us();
+            self.downs.push(Down { node: u16::try_from(one).unwrap(), from_us, to_us });
+            self.until_more_acknowledged().await;
+            for node in 0..HOSTS {
+                let (status, problem) = self.ask(node, &Call::get("/v1/health/ready")).await.unwrap();
+                assert_eq!(status, 200, "{what}: node-{}: {problem}", node + 1);
+            }
+            self.hosts.heal();
+            let after = self.until_whole().await;
+            self.until_more_acknowledged().await;
+            if before == after {
+                let acknowledged = self.load.recorder.history().acknowledged_us();
+                let gap = longest_gap_touching(&acknowledged, from_us, self.load.recorder.now_us());
+                println!("{what}: longest time without an acknowledged write {:.0} ms", gap.length_us() as f64 / 1e3);
+                return;
+            }
+            println!("{what}: leadership moved, from term {} to {}", before.1, after.1);
+        }
+        panic!("{what}: each of {TRIES} times the leader lost its place");
     }
 
     async fn finish(mut self) {
@@ -245,8 +341,7 @@ async fn a_network_that_comes_apart_and_heals() {
             hosts.cut_both(one, other);
         };
         cluster.scenario("a follower alone", follower, Alone::Follower).await;
-        let ring = |hosts: &Hosts, leader, [one, _]: [usize; 2]| hosts.cut_both(one, leader);
-        cluster.scenario("a ring with one link cut", ring, Alone::Follower).await;
+        cluster.ring().await;
     }
     cluster.finish().await;
 }

@@ -61,13 +61,15 @@ pub fn is_not_leader(answer: &Response) -> bool {
 pub struct Asked {
     uri: Uri,
     passed_on: bool,
+    balanced: bool,
 }
 
 impl<S: Sync> FromRequestParts<S> for Asked {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
-        Ok(Asked { uri: parts.uri.clone(), passed_on: parts.headers.contains_key(PASSED_ON) })
+        let balanced = headers::came_through_balancer(&parts.headers);
+        Ok(Asked { uri: parts.uri.clone(), passed_on: parts.headers.contains_key(PASSED_ON), balanced })
     }
 }
 
@@ -75,6 +77,11 @@ impl Asked {
     /// Whether another node asks in place of its client.
     pub fn was_passed_on(&self) -> bool {
         self.passed_on
+    }
+
+    /// Whether it came straight from a load balancer, which can ask another node.
+    pub fn is_balanced(&self) -> bool {
+        self.balanced && !self.passed_on
     }
 }
 

@@ -22,6 +22,8 @@ pub const IMPORT_POSITION: HeaderName = HeaderName::from_static("x-stemedb-impor
 pub const INDEX: HeaderName = HeaderName::from_static("x-stemedb-index");
 /// In answers: name of the node that committed the write or served the read.
 pub const SERVED_BY: HeaderName = HeaderName::from_static("x-stemedb-served-by");
+/// In refusals of a node that is cut off from the others: another one may well serve the request.
+pub const TRY_ELSEWHERE: HeaderName = HeaderName::from_static("x-stemedb-try-elsewhere");
 /// In answers to a health probe: well, and not the leader. Envoy prefers other hosts then.
 pub const ENVOY_DEGRADED: HeaderName = HeaderName::from_static("x-envoy-degraded");
 

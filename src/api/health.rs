@@ -25,7 +25,8 @@ fn ok() -> Json<Value> {
 }
 
 /// The answer to a probe of a node that is well. Envoy sends nothing to a degraded host while others are left: writes go
-/// straight to the leader. Without a leader all are degraded, which is as if none were.
+/// straight to the leader. Without a leader all are degraded, which is as if none were. A leader that has lost its
+/// majority is degraded too: Raft lets it go on as one, and its successor must not share the requests with it.
 fn probed(api: &Api, answer: impl IntoResponse) -> Response {
     let mut answer = answer.into_response();
     if !api.node.leads() {
@@ -52,8 +53,9 @@ pub async fn live(State(api): State<Arc<Api>>) -> Response {
     probed(&api, ok())
 }
 
-/// 200 while requests may be sent here: caught up since the start, and not draining, failed or
-/// fenced. Stays 200 while there is no leader, because the node parks requests then.
+/// 200 while requests may be sent here: caught up since the start, and not draining, failed, fenced or cut off from
+/// the others. Stays 200 while there is no leader and a majority of the nodes answer each other, because requests are
+/// parked then.
 #[utoipa::path(method(get, head), path = "/v1/health/ready", tag = "health",
     responses((status = 200, description = "Send requests here; rather to the leader while there is `x-envoy-degraded`"),
         (status = 503, response = schema::ProblemResponse)))]

@@ -227,6 +227,7 @@ struct Parts {
     retry_after_s: Option<u64>,
     rate_limit: Option<u64>,
     close: bool,
+    try_elsewhere: bool,
     members: Vec<(&'static str, Value)>,
 }
 
@@ -240,6 +241,7 @@ impl Problem {
             retry_after_s: None,
             rate_limit: None,
             close: false,
+            try_elsewhere: false,
             members: Vec::new(),
         }))
     }
@@ -277,6 +279,12 @@ impl Problem {
     /// The answer carries `Connection: close`: what follows on this connection cannot be read.
     pub fn close_connection(mut self) -> Self {
         self.0.close = true;
+        self
+    }
+
+    /// The answer carries `X-StemeDB-Try-Elsewhere`: a load balancer may send the same request to another node.
+    pub fn try_elsewhere(mut self) -> Self {
+        self.0.try_elsewhere = true;
         self
     }
 
@@ -372,6 +380,9 @@ impl IntoResponse for Problem {
         }
         if self.0.close {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if self.0.try_elsewhere {
+            headers.insert(super::headers::TRY_ELSEWHERE, HeaderValue::from_static("true"));
         }
         response
     }

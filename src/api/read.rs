@@ -245,6 +245,9 @@ pub fn refuse_removed(api: &Api) -> Result<(), Problem> {
 /// Gets a view of the wished freshness and answers with what `ask` makes of it: the index of the
 /// state it read, and JSON text. What this node cannot answer is asked of others.
 ///
+/// While the leader is out of reach and another node has a way to it, nothing new arrives here, and linearizable reads go
+/// to that node. Without any way they wait, as for an election, except those of a load balancer: it can ask elsewhere.
+///
 /// While this node fails, is rebuilt and comes back, what has no answer here and elsewhere in one moment has one in the
 /// next: the read begins anew then, until its deadline.
 pub async fn read(
@@ -256,6 +259,7 @@ pub async fn read(
     refuse_removed(api)?;
     let deadline = Instant::now() + api.request_deadline;
     let ask = Arc::new(ask);
+    let is_fresh = !matches!(consistency, Consistency::Stale { .. });
     loop {
         let taken = api.node.take();
         let here = async {
@@ -269,12 +273,14 @@ pub async fn read(
             why = taken.wait_silent(), if !asked.was_passed_on() => Err(silent(&why)),
             answered = here => answered,
             () = taken.stays_behind(BEHIND_PATIENCE), if !asked.was_passed_on() => Err(behind()),
+            () = taken.wait_bypassed(), if is_fresh && !asked.was_passed_on() => Err(bypassed()),
+            why = taken.wait_cut_off(), if is_fresh && asked.is_balanced() => return Err(cut_off(&why)),
         };
         let problem = match answered {
             Ok((index, body)) => return Ok(answer(api, index, body)),
             Err(problem) => problem,
         };
-        let passes = taken.silent().is_some() || taken.is_behind();
+        let passes = taken.silent().is_some() || taken.is_behind() || taken.is_bypassed();
         if !is_of_this_node(&problem, passes) {
             return Err(problem);
         }
@@ -304,13 +310,23 @@ fn silent(why: &str) -> Problem {
     Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
 }
 
+fn bypassed() -> Problem {
+    let detail = "This node does not reach the leader, and no other node answered in its place.";
+    Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
+}
+
+fn cut_off(why: &str) -> Problem {
+    let detail = format!("This node cannot confirm what is newest: {why}. Ask another node.");
+    Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S).try_elsewhere()
+}
+
 fn behind() -> Problem {
     let detail = "This node has not caught up with what was committed when it started, and no other node answered in its \
                   place.";
     Problem::new(Kind::Unavailable, detail).retry_after(mapping::RETRY_AFTER_S)
 }
 
-/// Whether another node may well have an answer. `passes`: this node fails, comes back or catches up.
+/// Whether another node may well have an answer. `passes`: this node fails, comes back, catches up or is bypassed.
 fn is_of_this_node(problem: &Problem, passes: bool) -> bool {
     match problem.kind() {
         Kind::StorageDamaged => true,

@@ -200,6 +200,8 @@ pub struct HealthAnswer {
     pub repairing: Option<String>,
     /// For what a node without a place in the cluster waits, or why one has lost it; absent otherwise.
     pub place: Option<String>,
+    /// Why a node that is well is not ready: it reaches too few of the others; absent otherwise.
+    pub cut_off: Option<String>,
     /// Version of the program.
     pub version: String,
 }

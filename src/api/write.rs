@@ -16,7 +16,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    node::Submitted,
+    node::{SubmitError, Submitted},
     state::command::{Operation, Outcome, Receipt},
 };
 
@@ -127,8 +127,22 @@ async fn perform(api: &Api, parts: &Parts, body: Body, write: Write) -> Result<R
     };
     let op = parse(write, bytes, import).await?;
     super::read::refuse_removed(api)?;
-    let submitted =
-        api.node.submit(op, key, body_hash).await.map_err(|error| mapping::submit_error(error, api.commands_max))?;
+    let balanced = headers::came_through_balancer(&parts.headers);
+    if let Some(why) = api.node.cut_off().filter(|_| balanced) {
+        let detail = format!("This node did not take the write: {why}. Send it to another node.");
+        let problem = Problem::new(Kind::Unavailable, detail).outcome(WriteOutcome::NotApplied);
+        return Err(problem.retry_after(mapping::RETRY_AFTER_S).try_elsewhere());
+    }
+    let submitted = tokio::select! {
+        biased;
+        submitted = api.node.submit(op, key, body_hash) => submitted,
+        // The balancer sends it to another node, under the same id. A client that asks this node itself waits on.
+        why = api.node.wait_cut_off(), if balanced => {
+            let unknown = SubmitError::Unknown { detail: format!("this node is cut off: {why}") };
+            return Err(mapping::submit_error(unknown, api.commands_max).try_elsewhere());
+        }
+    };
+    let submitted = submitted.map_err(|error| mapping::submit_error(error, api.commands_max))?;
     answer(&submitted, write, api.commands_max)
 }
 

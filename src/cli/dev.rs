@@ -53,26 +53,61 @@ struct StartedNode {
     log: PathBuf,
 }
 
-/// Ctrl-C and SIGTERM, caught from the moment this is made.
+/// Ctrl-C and SIGTERM, caught from the moment this is made; the end of the terminal too, if that is wanted.
 pub(crate) struct StopSignals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Option<Signal>,
+    caught: bool,
 }
 
 impl StopSignals {
     /// Starts catching.
     pub(crate) fn new() -> Result<Self, CliError> {
-        let catch = |kind| signal(kind).map_err(|error| CliError::Local(format!("cannot catch signals: {error}")));
-        Ok(Self { interrupt: catch(SignalKind::interrupt())?, terminate: catch(SignalKind::terminate())? })
+        let (interrupt, terminate) = (catch(SignalKind::interrupt())?, catch(SignalKind::terminate())?);
+        Ok(Self { interrupt, terminate, hangup: None, caught: false })
     }
 
-    /// Waits for either.
+    /// The same, with the end of the terminal, unless this process was started to outlive it (`nohup`).
+    pub(crate) fn with_hangup() -> Result<Self, CliError> {
+        let hangup = match ignores_hangup() {
+            true => None,
+            false => Some(catch(SignalKind::hangup())?),
+        };
+        Ok(Self { hangup, ..Self::new()? })
+    }
+
+    /// Whether one has come that was waited for.
+    pub(crate) fn caught(&self) -> bool {
+        self.caught
+    }
+
+    /// Waits for the next one.
     pub(crate) async fn wait(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = async {
+                match &mut self.hangup {
+                    Some(hangup) => hangup.recv().await,
+                    None => std::future::pending().await,
+                }
+            } => {}
         }
+        self.caught = true;
     }
+}
+
+fn catch(kind: SignalKind) -> Result<Signal, CliError> {
+    signal(kind).map_err(|error| CliError::Local(format!("cannot catch signals: {error}")))
+}
+
+/// Whether SIGHUP was ignored when this process began; where that cannot be read it was not.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // The lowest bit is signal 1.
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
 }
 
 /// Runs until stopped.

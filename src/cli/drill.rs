@@ -20,6 +20,12 @@ use super::{CliError, balancer, drill_html, output};
 /// Rounds of each kind in `--kind all`.
 const ROUNDS_OF_ALL: usize = 3;
 
+/// Clients of a throw-away cluster.
+const CLIENTS: u32 = 64;
+
+/// Operations a second on a cluster in use: enough for a gap to show within 10 ms, and no burden.
+const GENTLE_PER_S: f64 = 100.0;
+
 /// Arguments of `stemedb drill`.
 #[derive(Args, Debug, Clone)]
 pub struct DrillArgs {
@@ -29,9 +35,10 @@ pub struct DrillArgs {
     /// How many times; a round of drain takes every node in turn. Default: 20, of drain and partition 5, of all 3 each
     #[arg(long)]
     pub rounds: Option<usize>,
-    /// Clients, spread over all nodes, or all at the load balancer
-    #[arg(long, default_value_t = 64)]
-    pub clients: u32,
+    /// Clients, spread over all nodes, or all at the load balancer, with one request at a time each. Default: 64; with
+    /// --endpoints --rate in their place
+    #[arg(long)]
+    pub clients: Option<u32>,
     /// A load balancer between the clients and a throw-away cluster, with the files of deploy/
     #[arg(long, value_enum, default_value_t = Behind::None)]
     pub behind: Behind,
@@ -39,7 +46,7 @@ pub struct DrillArgs {
     #[arg(long, value_name = "PATH")]
     pub balancer: Option<PathBuf>,
     /// Drill this cluster, host:port of every node separated by commas, in place of a throw-away one; only drain and
-    /// failover. What the clients write stays in it, below drill/
+    /// failover. What the clients write stays in it, below drill/; unless told otherwise they offer 100 operations a second
     #[arg(long, value_name = "NODES")]
     pub endpoints: Option<String>,
     /// With --endpoints: the load balancer that clients are to use
@@ -49,6 +56,12 @@ pub struct DrillArgs {
     /// place of one request at a time per client
     #[arg(long, value_name = "SHARE")]
     pub rate_fraction: Option<f64>,
+    /// Offer so many operations a second, whatever the answers take, in place of one request at a time per client
+    #[arg(long, value_name = "PER_SECOND", conflicts_with_all = ["rate_fraction", "clients"])]
+    pub rate: Option<f64>,
+    /// More milliseconds than this without an acknowledged write around a fault are a finding
+    #[arg(long, value_name = "MS")]
+    pub gap_max_ms: Option<u64>,
     /// Bytes of each value
     #[arg(long, default_value_t = 128)]
     pub value: usize,
@@ -168,6 +181,32 @@ impl DrillArgs {
         self.rounds.unwrap_or_else(|| self.kind.rounds())
     }
 
+    /// Clients, as given or by default.
+    pub fn clients(&self) -> u32 {
+        self.clients.unwrap_or(CLIENTS)
+    }
+
+    /// Operations offered a second, as far as that is known before the drill. A cluster in use is not to be loaded to
+    /// its limits unless somebody says so.
+    pub fn rate(&self) -> Option<f64> {
+        let gentle = self.endpoints.is_some() && self.clients.is_none() && self.rate_fraction.is_none();
+        self.rate.or(gentle.then_some(GENTLE_PER_S))
+    }
+
+    /// What the owner of a cluster in use must know before. `rate`: as it turned out to be.
+    pub fn notice(&self, rate: Option<f64>, run: &str) -> Option<String> {
+        self.endpoints.as_ref()?;
+        let load = match rate {
+            Some(rate) => format!("{rate:.0} operations a second"),
+            None => format!("as many operations as {} clients get done", self.clients()),
+        };
+        let bytes = self.value;
+        Some(format!(
+            "the drill makes {load}; seven of eight are writes with values of {bytes} bytes, which stay in the cluster, \
+             below drill/{run}/"
+        ))
+    }
+
     /// The existing cluster, if one is to be drilled.
     pub fn existing(&self) -> Result<Option<Existing>, CliError> {
         let Some(endpoints) = &self.endpoints else { return Ok(None) };
@@ -178,7 +217,7 @@ impl DrillArgs {
 
     fn check(&self) -> Result<(), CliError> {
         let usage = |text: String| Err(CliError::Usage(text));
-        if !(1..=10_000).contains(&self.rounds()) || !(1..=3000).contains(&self.clients) {
+        if !(1..=10_000).contains(&self.rounds()) || !(1..=3000).contains(&self.clients()) {
             return usage("--rounds takes 1 to 10000, --clients 1 to 3000".to_owned());
         }
         if !(16..=1 << 20).contains(&self.value) {
@@ -187,15 +226,11 @@ impl DrillArgs {
         if self.rate_fraction.is_some_and(|share| !(0.01..=1.0).contains(&share)) {
             return usage("--rate-fraction takes 0.01 to 1".to_owned());
         }
+        if self.rate.is_some_and(|rate| !(10.0..=100_000.0).contains(&rate)) {
+            return usage("--rate takes 10 to 100000".to_owned());
+        }
         if !(256..=1 << 20).contains(&self.disk_mb) {
             return usage("--disk-mb takes 256 to 1048576".to_owned());
-        }
-        if self.kind == DrillKind::Partition && self.behind != Behind::None {
-            return usage(
-                "--kind partition has no --behind: a node that only its peers cannot reach is no worse for a balancer \
-                 than any other, and what it gets waits for as long as a request may and fails"
-                    .to_owned(),
-            );
         }
         if self.balancer.is_some() && self.behind == Behind::None {
             return usage("--balancer is the program for --behind nginx or envoy".to_owned());
@@ -232,13 +267,19 @@ struct Skipped {
     why: String,
 }
 
-/// Runs the drill and prints the report. Exit code 1 when the judge found anything.
+/// Runs the drill and prints the report, also of one that broke. Exit code 1 when anything was found.
 pub async fn run(args: &DrillArgs) -> Result<(), CliError> {
     args.check()?;
-    let mut stop = StopSignals::new()?;
-    let (done, skipped) = match args.kind {
-        DrillKind::All => all(args, &mut stop).await?,
-        _ => (vec![drill_run::run(args, &mut stop).await?], Vec::new()),
+    let mut stop = StopSignals::with_hangup()?;
+    let (done, skipped, error) = match args.kind {
+        DrillKind::All => {
+            let (done, skipped) = all(args, &mut stop).await?;
+            (done, skipped, None)
+        }
+        _ => match drill_run::run(args, &mut stop).await {
+            Ok(done) => (vec![done], Vec::new(), None),
+            Err(error) => (vec![Done::failed(args.kind.word(), &error)?], Vec::new(), Some(error)),
+        },
     };
     let passed = done.iter().all(|done| done.passed);
     if let Some(file) = &args.html {
@@ -263,13 +304,19 @@ pub async fn run(args: &DrillArgs) -> Result<(), CliError> {
             output::line(&done.text)?;
         }
     }
+    if let Some(error) = error {
+        return Err(error);
+    }
+    if stop.caught() {
+        return Err(drill_run::interrupted());
+    }
     if passed {
         return Ok(());
     }
     Err(CliError::Found("the drill found what must not happen".to_owned()))
 }
 
-/// Every kind that this machine can do, one after the other.
+/// Every kind that this machine can do, one after the other: the next one too when one could not be carried out.
 async fn all(args: &DrillArgs, stop: &mut StopSignals) -> Result<(Vec<Done>, Vec<Skipped>), CliError> {
     let (mut all, mut skipped) = (Vec::new(), Vec::new());
     for kind in DrillKind::SINGLE {
@@ -288,7 +335,17 @@ async fn all(args: &DrillArgs, stop: &mut StopSignals) -> Result<(Vec<Done>, Vec
             }
             None => {
                 output::notice(&format!("{}: {} rounds", kind.word(), args.rounds()));
-                all.push(drill_run::run(&args, stop).await?);
+                let done = match drill_run::run(&args, stop).await {
+                    Ok(done) => done,
+                    Err(error) => {
+                        output::notice(&format!("{} could not be carried out: {error}", kind.word()));
+                        Done::failed(kind.word(), &error)?
+                    }
+                };
+                all.push(done);
+                if stop.caught() {
+                    break;
+                }
             }
         }
     }
@@ -336,17 +393,35 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_in_use_gets_little_load_unless_more_is_asked_for() {
+        let of = |line: &str| {
+            let args = checked(line).unwrap();
+            (args.rate(), args.clients())
+        };
+        assert_eq!(of(""), (None, 64));
+        assert_eq!(of("--kind drain --endpoints a:1,b:1,c:1").0, Some(100.0));
+        assert_eq!(of("--kind drain --endpoints a:1,b:1,c:1 --rate 500").0, Some(500.0));
+        assert_eq!(of("--kind drain --endpoints a:1,b:1,c:1 --clients 16"), (None, 16));
+        assert_eq!(of("--kind drain --endpoints a:1,b:1,c:1 --rate-fraction 0.5").0, None);
+        assert_eq!(of("--rate 500").0, Some(500.0));
+        let notice = |line: &str| checked(line).unwrap().notice(Some(100.0), "7");
+        assert!(notice("--kind drain --endpoints a:1").is_some_and(|said| said.contains("drill/7/")));
+        assert_eq!(notice(""), None);
+    }
+
+    #[test]
     fn each_kind_has_its_rounds_and_its_limits() {
         let rounds = |line: &str| checked(line).unwrap().rounds();
         assert_eq!((rounds(""), rounds("--kind drain"), rounds("--kind all")), (20, 5, 3));
         assert_eq!(rounds("--kind drain --rounds 2 --behind envoy"), 2);
         for (line, why) in [
-            ("--kind partition --behind nginx", "has no --behind"),
             ("--balancer /usr/sbin/nginx", "--behind"),
             ("--rounds 0", "--rounds takes"),
             ("--clients 0", "--clients"),
             ("--value 4", "--value 4"),
             ("--rate-fraction 2", "--rate-fraction"),
+            ("--rate 1", "--rate takes"),
+            ("--rate 100 --clients 5", "--clients"),
         ] {
             let refused = checked(line).unwrap_err();
             assert!(refused.contains(why), "{line}: {refused}");

@@ -2,7 +2,8 @@
 //!
 //! Of a throw-away cluster each node is drained, stopped with SIGTERM, started and undrained; of an existing one it is
 //! drained and undrained, since only whoever runs its servers can restart them. The leader is always the next to go, so
-//! that leadership moves as often as it can.
+//! that leadership moves as often as it can. What a drill has drained of an existing cluster is written down before it is
+//! ordered, so that it is put back whatever happens to the drill.
 
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
@@ -51,7 +52,8 @@ impl Names {
         Ok(Self(names))
     }
 
-    fn of(&self, node: usize) -> String {
+    /// Of one node.
+    pub fn of(&self, node: usize) -> String {
         self.0.get(node).cloned().unwrap_or_else(|| format!("node {node}"))
     }
 }
@@ -213,25 +215,51 @@ impl RoundReport for FailoverRound {
     }
 }
 
-/// Drains every node once, whoever leads first.
+/// What a drill of drains keeps in mind, whatever becomes of a round.
+pub struct Memory<'a> {
+    /// When nodes were down.
+    pub downs: &'a mut Vec<Down>,
+    /// Nodes of an existing cluster that were drained and are not back.
+    pub drained: &'a mut Vec<usize>,
+}
+
+/// Drains every node once, whoever leads first, and adds each turn to `done` as it ends.
 pub async fn rolling(
     mut cluster: Option<&mut LocalCluster>,
     names: &Names,
     load: &Load,
     round: usize,
-    downs: &mut Vec<Down>,
-) -> Result<Vec<DrainRound>, CliError> {
+    mut memory: Memory<'_>,
+    done: &mut Vec<DrainRound>,
+) -> Result<(), CliError> {
     let mut waiting: Vec<usize> = (0..load.endpoints.len()).collect();
-    let mut rounds = Vec::new();
     while !waiting.is_empty() {
         let times = Times::begun(load.recorder.now_us());
         sleep(STEADY).await;
         let (leader, _) = find_leader(load, None).await?;
         let place = waiting.iter().position(|node| *node == leader).unwrap_or(0);
         let node = waiting.remove(place);
-        rounds.push(turn(cluster.as_deref_mut(), names, load, (round, node, node == leader), times, downs).await?);
+        let whom = (round, node, node == leader);
+        done.push(turn(cluster.as_deref_mut(), names, load, whom, times, &mut memory).await?);
     }
-    Ok(rounds)
+    Ok(())
+}
+
+/// Puts a node back into traffic, trying for as long as a node may take to be fit again.
+pub async fn undrain(names: &Names, load: &Load, node: usize) -> Result<(), CliError> {
+    let deadline = Instant::now() + READY_TIMEOUT;
+    loop {
+        match order(load, node, &undrain_path(&names.of(node)), "").await {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(error) => tracing::debug!(%error, "undrained again"),
+        }
+        sleep(POLL * 20).await;
+    }
+}
+
+fn undrain_path(name: &str) -> String {
+    format!("/v1/admin/node/undrain?node={}", encode_query(name))
 }
 
 /// One node's turn.
@@ -241,9 +269,13 @@ async fn turn(
     load: &Load,
     (round, node, led): (usize, usize, bool),
     mut times: Times,
-    downs: &mut Vec<Down>,
+    memory: &mut Memory<'_>,
 ) -> Result<DrainRound, CliError> {
     let name = names.of(node);
+    if cluster.is_none() {
+        memory.drained.push(node);
+    }
+    let downs = &mut *memory.downs;
     let (ordered, ordered_us) = (Instant::now(), load.recorder.now_us());
     times.fault(ordered_us, "drain");
     order(load, node, &format!("/v1/admin/node/drain?node={}", encode_query(&name)), "{}").await?;
@@ -265,7 +297,8 @@ async fn turn(
         times.event(load.recorder.now_us(), "ready");
         load.set_up(node, true);
     }
-    order(load, node, &format!("/v1/admin/node/undrain?node={}", encode_query(&name)), "").await?;
+    order(load, node, &undrain_path(&name), "").await?;
+    memory.drained.retain(|drained| *drained != node);
     let back_ms = elapsed_ms(back);
     let back_us = load.recorder.now_us();
     if stop_ms.is_some()

@@ -83,6 +83,14 @@ fn list(out: &mut String, head: &str, items: &[String]) {
     let _infallible = write!(out, "<p class=\"bad\">{}</p><ul>{}</ul>", escape(head), items.concat());
 }
 
+/// The part of a drill that could not be carried out.
+pub fn failed(kind: &str, why: &str) -> String {
+    let mut out = format!("<section><h2>{}: {}</h2>\n", escape(kind), verdict(false));
+    list(&mut out, "It could not be carried out", &[why.to_owned()]);
+    out.push_str("</section>\n");
+    out
+}
+
 /// The part of one drill. `acknowledged_us` is ascending.
 pub fn section<R: RoundReport>(report: &DrillReport<R>, acknowledged_us: &[u64]) -> String {
     let whom = match &report.behind {
@@ -151,7 +159,9 @@ fn table<R: RoundReport>(report: &DrillReport<R>) -> String {
 
 fn pictures<R: RoundReport>(report: &DrillReport<R>, acknowledged_us: &[u64]) -> String {
     let begin_us = report.rounds.iter().map(|round| round.times().from_us).min().unwrap_or(0);
-    let end_us = report.rounds.iter().map(|round| round.times().to_us).max().unwrap_or(0);
+    let end_us = report.rounds.iter().map(|round| round.times().to_us).max();
+    // A drill that broke has no rounds, and clients that worked all the same.
+    let end_us = end_us.or(acknowledged_us.last().copied()).unwrap_or(0);
     let run_us = (begin_us, end_us);
     let top = top_of(acknowledged_us, run_us);
     let every_fault = report.rounds.iter().flat_map(|round| {

@@ -60,6 +60,7 @@ pub struct Load {
     /// Which node committed each acknowledged write, by its own word.
     served: Mutex<Vec<Served>>,
     stop: AtomicBool,
+    abandoned: AtomicBool,
 }
 
 /// An acknowledged write and who committed it.
@@ -114,6 +115,7 @@ impl Load {
             operations: AtomicU64::new(0),
             served: Mutex::new(Vec::new()),
             stop: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
         })
     }
 
@@ -138,6 +140,12 @@ impl Load {
     /// Clients finish the write they are in and end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
+    }
+
+    /// The same, and a write is not repeated any more: nobody knows whether it would ever be answered.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Release);
+        self.stop();
     }
 
     fn is_up(&self, node: usize) -> bool {
@@ -261,6 +269,7 @@ async fn write(
                 return Ok(());
             }
             _ if load.balancer.is_some() || Instant::now() >= deadline => return Ok(()),
+            _ if load.abandoned.load(Ordering::Acquire) => return Ok(()),
             // An answer: the node lives. Everything else means a broken connection, so go elsewhere.
             WriteOutcome::Refused { status } | WriteOutcome::Unknown { status } if status > 0 => {
                 sleep(REFUSED_PAUSE).await;

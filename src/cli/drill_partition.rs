@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::drill_load::Load;
+use super::drill_load::{Load, Served};
 use super::drill_report::{RoundReport, Times};
 use super::drill_run::{READY_TIMEOUT, STEADY};
 use super::drill_watch::{Down, check_readable, find_leader, survivor_errors, wait_until};
@@ -27,7 +27,8 @@ use super::local_cluster::{LocalCluster, NODES_MAX};
 use super::{CliError, output};
 use crate::judge::{History, ReadOutcome, WriteOutcome, longest_gap_touching};
 
-/// How long the cut lasts once the others serve: less than a request may wait, so that its clients see no error.
+/// How long the cut lasts once the others serve: less than a request may wait, so that its clients see no error. Behind a
+/// balancer the others serve only what the node that is cut off has given back, or never got.
 const HELD: Duration = Duration::from_secs(3);
 
 /// Bytes of one direction that may be on their way through a relay.
@@ -348,13 +349,23 @@ pub async fn round(
         term: led.term,
         gap_us: longest_gap_touching(&acknowledged_us, cut_us, healed_us).length_us(),
         heal_gap_us: longest_gap_touching(&acknowledged_us, healed_us, times.to_us).length_us(),
-        answered_cut_off: answered(&history, node, (silent_us + ON_ITS_WAY_US, healed_us)),
+        answered_cut_off: match load.balancer {
+            None => answered(&history, node, (silent_us + ON_ITS_WAY_US, healed_us)),
+            // Which node answered is known by its own word alone.
+            Some(_) => committed(load, victim, (silent_us + ON_ITS_WAY_US, healed_us)),
+        },
         errors: survivor_errors(&history, downs).0,
         terms_after: after.term.saturating_sub(at_heal.term),
         acknowledged: acknowledged_us.len() as u64,
         rejoin_ms: (back_us - healed_us) / 1000,
         times,
     })
+}
+
+/// Writes that began and succeeded within a time and that a node committed as the leader.
+fn committed(load: &Load, node: usize, (from_us, to_us): (u64, u64)) -> u64 {
+    let within = |served: &&Served| served.start_us >= from_us && served.end_us <= to_us;
+    load.served_by(node, from_us).iter().filter(within).count() as u64
 }
 
 /// Requests to a node that began and succeeded within a time.

@@ -138,6 +138,10 @@ pub struct DrillReport<R> {
     pub kind: &'static str,
     /// True when nothing was found.
     pub passed: bool,
+    /// What kept the drill from its end, or the judge from a node; empty when nothing did.
+    pub broken: Vec<String>,
+    /// Longest time without an acknowledged write around a fault that is no finding, milliseconds, if that was asked for.
+    pub gap_max_ms: Option<u64>,
     /// The load balancer that the clients used: `nginx`, `envoy` or an address; else they used the nodes.
     pub behind: Option<String>,
     /// Requests of clients, repetitions too.
@@ -236,7 +240,21 @@ pub fn summary<R: RoundReport>(report: &DrillReport<R>) -> String {
 /// What must not have happened, beside the judge's findings.
 pub fn findings<R: RoundReport>(report: &DrillReport<R>) -> Vec<String> {
     let problems = report.rounds.iter().filter_map(RoundReport::problem);
-    report.error_samples.iter().cloned().chain(problems).collect()
+    let broken = report.broken.iter().cloned();
+    let too_long = too_long(&report.rounds, report.gap_max_ms);
+    broken.chain(report.error_samples.iter().cloned()).chain(problems).chain(too_long).collect()
+}
+
+/// The gaps that are longer than was asked for.
+pub fn too_long<R: RoundReport>(rounds: &[R], gap_max_ms: Option<u64>) -> Vec<String> {
+    let Some(max_ms) = gap_max_ms else { return Vec::new() };
+    let faults = rounds.iter().filter_map(RoundReport::gap_us);
+    let long = faults.enumerate().filter(|(_, us)| *us > max_ms.saturating_mul(1000));
+    long.map(|(fault, us)| {
+        let gap = output::ms(us);
+        format!("fault {}: no write was acknowledged for {gap} ms, and at most {max_ms} ms were wanted", fault + 1)
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -306,6 +324,34 @@ mod tests {
         assert_eq!(judged.first().unwrap().row(), ["1", "1"]);
         let json = serde_json::to_value(judged.first()).unwrap();
         assert_eq!((&json["round"], &json["duplicates"]), (&json!(1), &json!(1)));
+    }
+
+    #[test]
+    fn a_gap_above_the_wanted_one_is_a_finding() {
+        #[derive(Serialize)]
+        struct Gap(Option<u64>, Times);
+        impl RoundReport for Gap {
+            const HEAD: &'static [&'static str] = &[];
+            fn row(&self) -> Vec<String> {
+                Vec::new()
+            }
+            fn progress(&self) -> String {
+                String::new()
+            }
+            fn gap_us(&self) -> Option<u64> {
+                self.0
+            }
+            fn problem(&self) -> Option<String> {
+                None
+            }
+            fn times(&self) -> &Times {
+                &self.1
+            }
+        }
+        let gaps = [Some(150_000), None, Some(150_001)].map(|us| Gap(us, Times::default()));
+        assert!(too_long(&gaps, None).is_empty());
+        let found = too_long(&gaps, Some(150));
+        assert!(matches!(found.as_slice(), [one] if one.starts_with("fault 2: ")), "{found:?}");
     }
 
     #[test]

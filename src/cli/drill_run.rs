@@ -18,7 +18,7 @@ use super::drill_drain::{self, Names};
 use super::drill_load::{self, Load};
 use super::drill_open::{self, Offered};
 use super::drill_partition::{self, Relays};
-use super::drill_report::{DrillReport, RoundReport, judged, median_and_worst_ms, text};
+use super::drill_report::{DrillReport, RoundReport, judged, median_and_worst_ms, text, too_long};
 use super::drill_watch::{Down, survivor_errors};
 use super::http_client::Endpoint;
 use super::local_cluster::{LocalCluster, NODES_MAX, NodePlan, free_port, plan};
@@ -55,6 +55,29 @@ pub struct Done {
     pub html: String,
 }
 
+impl Done {
+    /// Of a drill that could not be carried out: that is what its report says.
+    pub fn failed(kind: &'static str, error: &CliError) -> Result<Self, CliError> {
+        #[derive(serde::Serialize)]
+        struct Failed<'a> {
+            kind: &'a str,
+            passed: bool,
+            error: &'a str,
+        }
+        let why = error.to_string();
+        let json = serde_json::value::to_raw_value(&Failed { kind, passed: false, error: &why });
+        let json = json.map_err(|error| CliError::Local(format!("cannot write the report: {error}")))?;
+        let html = drill_html::failed(kind, &why);
+        let text = format!("{kind} could not be carried out: {why}\nFAILED");
+        Ok(Self { passed: false, json, text, html })
+    }
+}
+
+/// What is said of a drill that was ended from outside.
+pub fn interrupted() -> CliError {
+    CliError::Local("interrupted".to_owned())
+}
+
 /// What a drill may use.
 struct Ground<'a> {
     /// The throw-away cluster; `None`: an existing one.
@@ -66,15 +89,13 @@ struct Ground<'a> {
     balancer: Option<(Endpoint, String)>,
 }
 
-/// Runs one kind. An error means that it could not be carried out, not that it found anything.
+/// Runs one kind. An error means that it could not even be begun, not that it found anything. A signal ends it: what it
+/// drained of an existing cluster is put back, and there is a report; a second one ends that too.
 pub async fn run(args: &DrillArgs, stop: &mut StopSignals) -> Result<Done, CliError> {
     if let Some(existing) = args.existing()? {
         let balancer = existing.through.map(|endpoint| (endpoint.clone(), endpoint.authority().to_owned()));
         let ground = Ground { cluster: None, disks: None, relays: None, endpoints: existing.nodes, balancer };
-        return tokio::select! {
-            done = drill(args, ground) => done,
-            () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),
-        };
+        return drill(args, ground, stop).await;
     }
     let program = match args.kind.breaks_disks() {
         true => Some(super::faulty_disk::find_program(args.faulty_disk.as_deref())?),
@@ -99,10 +120,8 @@ pub async fn run(args: &DrillArgs, stop: &mut StopSignals) -> Result<Done, CliEr
         DrillKind::Partition => Some(Relays::start(&mut cluster).await?),
         _ => None,
     };
-    let outcome = tokio::select! {
-        outcome = on_local(args, &mut cluster, disks.as_ref(), relays.as_ref(), balancer, (&folder, port)) => outcome,
-        () = stop.wait() => Err(CliError::Local("interrupted".to_owned())),
-    };
+    let broken = (disks.as_ref(), relays.as_ref());
+    let outcome = on_local(args, &mut cluster, broken, balancer, (&folder, port), stop).await;
     if let Some(disks) = &disks {
         disks.heal();
     }
@@ -121,25 +140,32 @@ pub async fn run(args: &DrillArgs, stop: &mut StopSignals) -> Result<Done, CliEr
 async fn on_local(
     args: &DrillArgs,
     cluster: &mut LocalCluster,
-    disks: Option<&Disks>,
-    relays: Option<&Relays>,
+    (disks, relays): (Option<&Disks>, Option<&Relays>),
     balancer: Option<(super::balancer::Kind, PathBuf)>,
     (folder, port): (&Folder, u16),
+    stop: &mut StopSignals,
 ) -> Result<Done, CliError> {
     cluster.start_all()?;
-    cluster.wait_ready(READY_TIMEOUT).await?;
+    tokio::select! {
+        ready = cluster.wait_ready(READY_TIMEOUT) => ready?,
+        () = stop.wait() => return Err(interrupted()),
+    }
     let endpoints = cluster.plan().iter().map(NodePlan::endpoint).collect::<Result<Vec<_>, _>>()?;
     let running = match balancer {
         Some((kind, program)) => {
             // The last of the ports of this block that nodes could have; three do not.
             let listen = port + NODES_MAX as u16 - 1;
             let nodes = [port, port + 1, port + 2];
-            Some(Balancer::start(kind, &program, &folder.path.join("balancer"), listen, nodes).await?)
+            let at = folder.path.join("balancer");
+            Some(tokio::select! {
+                started = Balancer::start(kind, &program, &at, listen, nodes) => started?,
+                () = stop.wait() => return Err(interrupted()),
+            })
         }
         None => None,
     };
     let balancer = running.as_ref().map(|each| (each.endpoint().clone(), each.kind().name().to_owned()));
-    let done = drill(args, Ground { cluster: Some(cluster), disks, relays, endpoints, balancer }).await;
+    let done = drill(args, Ground { cluster: Some(cluster), disks, relays, endpoints, balancer }, stop).await;
     if let Some(running) = running {
         running.stop().await?;
     }
@@ -182,60 +208,82 @@ impl Folder {
 }
 
 /// All rounds and the judge.
-async fn drill(args: &DrillArgs, mut ground: Ground<'_>) -> Result<Done, CliError> {
+async fn drill(args: &DrillArgs, mut ground: Ground<'_>, stop: &mut StopSignals) -> Result<Done, CliError> {
     let balancer = ground.balancer.as_ref().map(|(endpoint, _)| endpoint.clone());
     let new_load = || Load::through(balancer.clone(), ground.endpoints.clone(), args.value, rand::random());
-    let measured_per_s = match args.rate_fraction {
-        Some(_) => Some(measure(args, new_load()).await?),
-        None => None,
+    let before = async {
+        let names = match &ground.cluster {
+            Some(cluster) => Names::of_plan(cluster.plan()),
+            None => Names::ask(&ground.endpoints).await?,
+        };
+        let measured_per_s = match args.rate_fraction {
+            Some(_) => Some(measure(args, new_load()).await?),
+            None => None,
+        };
+        Ok::<_, CliError>((names, measured_per_s))
+    };
+    let (names, measured_per_s) = tokio::select! {
+        before = before => before?,
+        () = stop.wait() => return Err(interrupted()),
     };
     let load = new_load();
-    let names = match &ground.cluster {
-        Some(cluster) => Names::of_plan(cluster.plan()),
-        None => Names::ask(&ground.endpoints).await?,
-    };
-    let rate = args.rate_fraction.zip(measured_per_s).map(|(share, most)| share * most);
+    let rate = args.rate_fraction.zip(measured_per_s).map(|(share, most)| share * most).or(args.rate());
+    if let Some(notice) = args.notice(rate, &load.run) {
+        output::notice(&notice);
+    }
     let clients = Clients::start(args, &load, rate);
-    let mut play = Play { args, load: &load, names: &names, downs: Vec::new() };
+    let mut play = Play::new(args, &load, &names);
     let under = Under { measured_per_s, behind: ground.balancer.as_ref().map(|(_, name)| name.clone()) };
     let no_cluster = || CliError::Usage(format!("--kind {} needs a throw-away cluster", args.kind.word()));
     match args.kind {
         DrillKind::Drain => {
             let cluster = &mut ground.cluster;
-            let rounds = play.rounds(async |play, round| play.drain(cluster.as_deref_mut(), round).await).await?;
-            finish(play, rounds, clients, under).await
+            let drain = async |play: &mut Play<'_>, round, done: &mut Vec<_>| {
+                let memory = drill_drain::Memory { downs: &mut play.downs, drained: &mut play.drained };
+                drill_drain::rolling(cluster.as_deref_mut(), play.names, play.load, round, memory, done).await
+            };
+            let rounds = play.rounds(stop, drain).await;
+            play.end(rounds, clients, under, stop).await
         }
         DrillKind::Failover => {
-            let rounds = play.rounds(async |play, round| Ok(vec![play.failover(round).await?])).await?;
-            finish(play, rounds, clients, under).await
+            let failover = async |play: &mut Play<'_>, round, done: &mut Vec<_>| {
+                done.push(drill_drain::failover(play.names, play.load, round).await?);
+                Ok(())
+            };
+            let rounds = play.rounds(stop, failover).await;
+            play.end(rounds, clients, under, stop).await
         }
         DrillKind::Kill => {
             let cluster = ground.cluster.ok_or_else(no_cluster)?;
-            let rounds = play
-                .rounds(async |play, round| {
-                    Ok(vec![drill_kill::kill_round(cluster, play.load, round, &mut play.downs).await?])
-                })
-                .await?;
-            finish(play, rounds, clients, under).await
+            let kill = async |play: &mut Play<'_>, round, done: &mut Vec<_>| {
+                done.push(drill_kill::kill_round(cluster, play.load, round, &mut play.downs).await?);
+                Ok(())
+            };
+            let rounds = play.rounds(stop, kill).await;
+            play.end(rounds, clients, under, stop).await
         }
         DrillKind::Partition => {
             let (cluster, relays) = ground.cluster.zip(ground.relays).ok_or_else(no_cluster)?;
-            let rounds = play
-                .rounds(async |play, round| {
-                    Ok(vec![drill_partition::round(cluster, relays, play.load, round, &mut play.downs).await?])
-                })
-                .await?;
-            finish(play, rounds, clients, under).await
+            let partition = async |play: &mut Play<'_>, round, done: &mut Vec<_>| {
+                done.push(drill_partition::round(cluster, relays, play.load, round, &mut play.downs).await?);
+                Ok(())
+            };
+            let rounds = play.rounds(stop, partition).await;
+            relays.heal();
+            play.end(rounds, clients, under, stop).await
         }
         DrillKind::Fsync | DrillKind::Stall | DrillKind::All => {
             let (cluster, disks) = ground.cluster.zip(ground.disks).ok_or_else(no_cluster)?;
             let how = drill_disk::How { kind: args.kind, wait_for_rebuild: !args.no_rebuild_wait };
-            let rounds = play
-                .rounds(async |play, round| {
-                    Ok(vec![drill_disk::round(cluster, disks, play.load, how, round, &mut play.downs).await?])
-                })
-                .await?;
-            finish(play, rounds, clients, under).await
+            let fail = async |play: &mut Play<'_>, round, done: &mut Vec<_>| {
+                done.push(drill_disk::round(cluster, disks, play.load, how, round, &mut play.downs).await?);
+                Ok(())
+            };
+            let rounds = play.rounds(stop, fail).await;
+            if !play.broken.is_empty() {
+                disks.heal();
+            }
+            play.end(rounds, clients, under, stop).await
         }
     }
 }
@@ -246,35 +294,78 @@ struct Play<'a> {
     load: &'a Arc<Load>,
     names: &'a Names,
     downs: Vec<Down>,
+    /// Nodes of an existing cluster that were drained and are not back.
+    drained: Vec<usize>,
+    /// What kept it from its end, or the judge from a node.
+    broken: Vec<String>,
 }
 
-impl Play<'_> {
-    /// Plays every round, and says how each ended.
+impl<'a> Play<'a> {
+    fn new(args: &'a DrillArgs, load: &'a Arc<Load>, names: &'a Names) -> Self {
+        let (downs, drained, broken) = (Vec::new(), Vec::new(), Vec::new());
+        Self { args, load, names, downs, drained, broken }
+    }
+
+    /// Plays every round, or up to the one that fails or in which it is stopped, and says how each ended.
     async fn rounds<R: RoundReport>(
         &mut self,
-        mut play: impl AsyncFnMut(&mut Self, usize) -> Result<Vec<R>, CliError>,
-    ) -> Result<Vec<R>, CliError> {
+        stop: &mut StopSignals,
+        mut play: impl AsyncFnMut(&mut Self, usize, &mut Vec<R>) -> Result<(), CliError>,
+    ) -> Vec<R> {
         let mut all = Vec::new();
         let count = self.args.rounds();
         for round in 1..=count {
-            for done in play(self, round).await? {
+            let before = all.len();
+            let stopped = tokio::select! {
+                played = play(self, round, &mut all) => played.err(),
+                () = stop.wait() => Some(interrupted()),
+            };
+            for done in all.iter().skip(before) {
                 output::notice(&format!("round {round:>2}/{count}: {}", done.progress()));
-                all.push(done);
+            }
+            if let Some(error) = stopped {
+                let what = format!("round {round} of {count} did not end: {error}");
+                output::notice(&what);
+                self.broken.push(what);
+                break;
             }
         }
-        Ok(all)
+        all
     }
 
-    async fn drain(
-        &mut self,
-        cluster: Option<&mut LocalCluster>,
-        round: usize,
-    ) -> Result<Vec<drill_drain::DrainRound>, CliError> {
-        drill_drain::rolling(cluster, self.names, self.load, round, &mut self.downs).await
+    /// Puts back what is still drained, ends the clients, asks the judge, and makes the report: whatever has happened.
+    async fn end<R: RoundReport + Send + 'static>(
+        mut self,
+        rounds: Vec<R>,
+        clients: Clients,
+        under: Under,
+        stop: &mut StopSignals,
+    ) -> Result<Done, CliError> {
+        self.put_back(stop).await;
+        tokio::select! {
+            done = finish(self, rounds, clients, under) => done,
+            () = stop.wait() => Err(interrupted()),
+        }
     }
 
-    async fn failover(&mut self, round: usize) -> Result<drill_drain::FailoverRound, CliError> {
-        drill_drain::failover(self.names, self.load, round).await
+    /// Undrains what this drill has drained and not put back.
+    async fn put_back(&mut self, stop: &mut StopSignals) {
+        for node in std::mem::take(&mut self.drained) {
+            let name = self.names.of(node);
+            output::notice(&format!("putting {name} back into traffic"));
+            let tried = tokio::select! {
+                tried = drill_drain::undrain(self.names, self.load, node) => tried,
+                () = stop.wait() => Err(interrupted()),
+            };
+            let Err(error) = tried else { continue };
+            let endpoints: Vec<&str> = self.load.endpoints.iter().map(Endpoint::authority).collect();
+            let endpoints = endpoints.join(",");
+            let what = format!(
+                "{name} may still be drained ({error}). Put it back with: stemedb undrain {name} --endpoints {endpoints}"
+            );
+            output::notice(&what);
+            self.broken.push(what);
+        }
     }
 }
 
@@ -297,7 +388,7 @@ impl Clients {
             return Self::Open(tokio::spawn(drill_open::offer(Arc::clone(load), rate)));
         }
         let mut clients = JoinSet::new();
-        for number in 0..args.clients {
+        for number in 0..args.clients() {
             clients.spawn(drill_load::client(Arc::clone(load), number));
         }
         Self::Closed(clients)
@@ -327,32 +418,42 @@ async fn measure(args: &DrillArgs, load: Arc<Load>) -> Result<f64, CliError> {
     let (to_us, after) = (load.recorder.now_us(), load.operations.load(Ordering::Relaxed));
     clients.stop(&load).await?;
     let per_s = (after - before) as f64 * 1e6 / to_us.saturating_sub(from_us).max(1) as f64;
-    output::notice(&format!("the most that {} clients got done: {per_s:.0} operations/s", args.clients));
+    output::notice(&format!("the most that {} clients got done: {per_s:.0} operations/s", args.clients()));
     Ok(per_s)
 }
 
-/// Ends the clients, asks the judge, and makes the report.
+/// Ends the clients, asks the judge about every node that answers, and makes the report.
 async fn finish<R: RoundReport + Send + 'static>(
     play: Play<'_>,
     rounds: Vec<R>,
     clients: Clients,
     under: Under,
 ) -> Result<Done, CliError> {
-    let (args, load) = (play.args, play.load);
-    let offered = clients.stop(load).await?;
+    let Play { args, load, downs, mut broken, .. } = play;
+    let ended = broken.is_empty();
+    if !ended {
+        load.abandon();
+    }
+    let offered = clients.stop(load).await.unwrap_or_else(|error| {
+        broken.push(error.to_string());
+        None
+    });
     let under_load = load.recorder.history();
-    let (errors, error_samples) = survivor_errors(&under_load, &play.downs);
+    let (errors, error_samples) = survivor_errors(&under_load, &downs);
     let acknowledged_us = under_load.acknowledged_us();
     let gaps = summarize_gaps(&acknowledged_us);
-    // Without keys a repetition would be a write of its own.
+    // Without keys a repetition would be a write of its own. A cluster that broke may answer none of them.
     let repeat = match load.balancer {
-        Some(_) => Vec::new(),
-        None => values_to_repeat(&under_load, load.recorder.now_us()),
+        None if ended => values_to_repeat(&under_load, load.recorder.now_us()),
+        _ => Vec::new(),
     };
     let not_replayed = drill_load::repeat_writes(load, &repeat).await.map_err(CliError::Local)?;
     let mut listings = Vec::new();
     for node in 0..load.endpoints.len() {
-        listings.push(drill_load::list_node(load, node).await.map_err(CliError::Found)?);
+        match drill_load::list_node(load, node).await {
+            Ok(listing) => listings.push(listing),
+            Err(error) => broken.push(format!("the judge has not seen node {}: {error}", node + 1)),
+        }
     }
     let history = load.recorder.history();
     let judging = tokio::task::spawn_blocking(move || {
@@ -363,15 +464,18 @@ async fn finish<R: RoundReport + Send + 'static>(
     let (verdict, rounds) = judging.await.map_err(|error| CliError::Local(format!("the judge failed: {error}")))?;
     let (gap_median_ms, gap_worst_ms) = median_and_worst_ms(&rounds);
     let rounds_clean = rounds.iter().all(|round| round.problem().is_none());
+    let rounds_clean = rounds_clean && too_long(&rounds, args.gap_max_ms).is_empty();
     let report = DrillReport {
         kind: args.kind.word(),
-        passed: verdict.is_clean() && errors == 0 && not_replayed == 0 && rounds_clean,
+        passed: verdict.is_clean() && errors == 0 && not_replayed == 0 && rounds_clean && broken.is_empty(),
+        broken,
+        gap_max_ms: args.gap_max_ms,
         behind: under.behind,
         requests: (under_load.writes.len() + under_load.reads.len()) as u64,
         duplicates: verdict.count(FindingKind::Doubled),
         measured_per_s: under.measured_per_s,
         offered,
-        clients: usize::try_from(args.clients).unwrap_or(usize::MAX),
+        clients: usize::try_from(args.clients()).unwrap_or(usize::MAX),
         nodes: load.endpoints.len(),
         rounds,
         gap_median_ms,

@@ -44,6 +44,7 @@ use super::{
     space_watch::SpaceWatch,
     submit_rules::Leader,
     vital::Vital,
+    way::Way,
 };
 use crate::{
     clock,
@@ -190,6 +191,8 @@ pub struct Shared {
     pub assignments: mpsc::Sender<AssignRequest>,
     /// The cluster as seen from here.
     pub view: watch::Sender<ClusterView>,
+    /// How the leader is reached, when not as usual.
+    pub way: watch::Sender<Way>,
     /// Contacts with leaders.
     pub freshness: Mutex<Freshness>,
     /// Log time as estimated here.
@@ -314,11 +317,26 @@ impl Shared {
 
     /// Log time now, by this node's estimate.
     pub fn log_time_ms(&self) -> u64 {
-        let applied = self.core.get().map_or_else(Applied::default, |core| {
+        let applied = self.applied_log_time();
+        self.log_time.lock().unwrap_or_else(PoisonError::into_inner).now(applied, clock::monotonic_ms())
+    }
+
+    /// Log time now for a command that this node takes; also of a node that applies nothing.
+    pub fn command_log_time_ms(&self) -> u64 {
+        let applied = self.applied_log_time();
+        self.log_time.lock().unwrap_or_else(PoisonError::into_inner).for_command(applied, clock::monotonic_ms())
+    }
+
+    /// The leader has said what log time is.
+    pub fn hear_log_time(&self, log_time_ms: u64) {
+        self.log_time.lock().unwrap_or_else(PoisonError::into_inner).hear(log_time_ms, clock::monotonic_ms());
+    }
+
+    fn applied_log_time(&self) -> Applied {
+        self.core.get().map_or_else(Applied::default, |core| {
             let state = core.published();
             Applied { log_time_ms: state.log_time_ms, at_monotonic_ms: state.at_monotonic_ms }
-        });
-        self.log_time.lock().unwrap_or_else(PoisonError::into_inner).now(applied, clock::monotonic_ms())
+        })
     }
 
     /// Notes a message of a leader that arrived at `arrived_ms` of the monotonic clock: what it has committed.

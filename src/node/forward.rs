@@ -1,4 +1,4 @@
-//! Commands on their way to a leader on another node.
+//! Commands on their way to a leader on another node, or to one that passes them on to it.
 //!
 //! For each target one task packs all commands that wait at that moment into one message, with
 //! several messages under way, in the manner of the proposer. A lost connection leaves the commands
@@ -39,6 +39,8 @@ struct Waiting {
     end: oneshot::Sender<AttemptEnd>,
 }
 
+type Queue = mpsc::UnboundedSender<Waiting>;
+
 /// The tasks, one for each node that was a leader. Cheap to clone.
 #[derive(Clone)]
 pub struct Forwarders {
@@ -49,9 +51,9 @@ struct Inner {
     peers: Peers,
     /// How long a message may go without an answer.
     reply_max: Duration,
-    /// Address and queue for each Raft id. The queues are unbounded as channels: every command in
-    /// them holds a place in the park of this node.
-    queues: Mutex<HashMap<u64, (String, mpsc::UnboundedSender<Waiting>)>>,
+    /// Address and queue for each Raft id, and for what it is asked. The queues are unbounded as channels: every
+    /// command in them holds a place in the park of this node.
+    queues: Mutex<HashMap<(u64, Kind), (String, Queue)>>,
 }
 
 impl Forwarders {
@@ -60,18 +62,27 @@ impl Forwarders {
         Forwarders { inner: Arc::new(Inner { peers, reply_max, queues: Mutex::default() }) }
     }
 
-    /// Queues a command for node `id` at `addr`.
+    /// Queues a command for node `id` at `addr`, which leads.
     pub fn forward(&self, id: u64, addr: &str, command: Arc<Command>) -> oneshot::Receiver<AttemptEnd> {
+        self.queue(id, addr, Kind::Forward, command)
+    }
+
+    /// Queues a command for node `id` at `addr`, which is to pass it on to the leader.
+    pub fn relay(&self, id: u64, addr: &str, command: Arc<Command>) -> oneshot::Receiver<AttemptEnd> {
+        self.queue(id, addr, Kind::Relay, command)
+    }
+
+    fn queue(&self, id: u64, addr: &str, kind: Kind, command: Arc<Command>) -> oneshot::Receiver<AttemptEnd> {
         let (end, receiver) = oneshot::channel();
         let mut queues = self.inner.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        let usable = queues.get(&id).is_some_and(|(known, queue)| known == addr && !queue.is_closed());
+        let usable = queues.get(&(id, kind)).is_some_and(|(known, queue)| known == addr && !queue.is_closed());
         if !usable {
             let (queue, waiting) = mpsc::unbounded_channel();
             let peer = self.inner.peers.to(id, addr, Lane::Log);
-            tokio::spawn(run(peer, waiting, self.inner.reply_max));
-            queues.insert(id, (addr.to_owned(), queue));
+            tokio::spawn(run(peer, kind, waiting, self.inner.reply_max));
+            queues.insert((id, kind), (addr.to_owned(), queue));
         }
-        if let Some((_, queue)) = queues.get(&id)
+        if let Some((_, queue)) = queues.get(&(id, kind))
             && let Err(mpsc::error::SendError(back)) = queue.send(Waiting { command, end })
         {
             let _ = back.end.send(AttemptEnd::NotSent("the forwarding task has ended".into()));
@@ -85,7 +96,7 @@ impl Forwarders {
     }
 }
 
-async fn run(peer: Peer, mut waiting: mpsc::UnboundedReceiver<Waiting>, reply_max: Duration) {
+async fn run(peer: Peer, kind: Kind, mut waiting: mpsc::UnboundedReceiver<Waiting>, reply_max: Duration) {
     let slots = Arc::new(Semaphore::new(MESSAGES_IN_FLIGHT_MAX));
     let mut carry: Option<Waiting> = None;
     loop {
@@ -113,7 +124,7 @@ async fn run(peer: Peer, mut waiting: mpsc::UnboundedReceiver<Waiting>, reply_ma
         if packed.is_empty() {
             continue;
         }
-        match send(&peer, &packed) {
+        match send(&peer, kind, &packed) {
             // Sent from this task, one after the other, so that the order is kept.
             Ok(pending) => {
                 tokio::spawn(async move {
@@ -127,13 +138,13 @@ async fn run(peer: Peer, mut waiting: mpsc::UnboundedReceiver<Waiting>, reply_ma
     }
 }
 
-fn send(peer: &Peer, packed: &[Waiting]) -> Result<PendingReply, AttemptEnd> {
+fn send(peer: &Peer, kind: Kind, packed: &[Waiting]) -> Result<PendingReply, AttemptEnd> {
     let request = ForwardRequestRef { commands: packed.iter().map(|w| &*w.command).collect() };
     let body = pack(&request).map_err(|e| AttemptEnd::NotSent(e.to_string()))?;
-    peer.send(Kind::Forward.number(), body).map_err(call_end)
+    peer.send(kind.number(), body).map_err(call_end)
 }
 
-/// What a failed call says about its commands. Handlers of `Kind::Forward` refuse only before they
+/// What a failed call says about its commands. Handlers of `Kind::Forward` and `Kind::Relay` refuse only before they
 /// propose anything, so a refusal with their code is as good as one by the transport.
 fn call_end(error: CallError) -> AttemptEnd {
     let service_refusal =
@@ -163,6 +174,19 @@ pub fn attempt_end(answer: ProposeAnswer) -> AttemptEnd {
     }
 }
 
+/// The other way round: what a node that has passed a command on answers to whom it did that for.
+pub fn relayed_answer(end: AttemptEnd) -> ProposeAnswer {
+    match end {
+        AttemptEnd::Outcome(outcome) => ProposeAnswer::Outcome(outcome),
+        AttemptEnd::NotLeader => ProposeAnswer::NotLeader,
+        AttemptEnd::Busy => ProposeAnswer::Busy,
+        AttemptEnd::Expired { log_time_ms } => ProposeAnswer::Expired { log_time_ms },
+        AttemptEnd::NotSent(why) => ProposeAnswer::Impossible(why),
+        AttemptEnd::Unknown(why) => ProposeAnswer::Unknown(why),
+        AttemptEnd::Full(shortages) => ProposeAnswer::Full(shortages),
+    }
+}
+
 fn finish(packed: Vec<Waiting>, answers: Result<Vec<ProposeAnswer>, AttemptEnd>) {
     let ends: Vec<AttemptEnd> = match answers {
         Ok(answers) if answers.len() == packed.len() => answers.into_iter().map(attempt_end).collect(),
@@ -184,6 +208,20 @@ mod tests {
     use stemedb_net::code;
 
     use super::*;
+
+    #[test]
+    fn what_is_known_of_a_command_stays_the_same_when_another_node_passes_it_on() {
+        for end in [
+            AttemptEnd::NotLeader,
+            AttemptEnd::Busy,
+            AttemptEnd::Full(Vec::new()),
+            AttemptEnd::NotSent("no connection".into()),
+            AttemptEnd::Expired { log_time_ms: 7 },
+            AttemptEnd::Unknown("lost".into()),
+        ] {
+            assert_eq!(attempt_end(relayed_answer(end.clone())), end);
+        }
+    }
 
     #[test]
     fn only_what_no_proposer_saw_counts_as_not_sent() {

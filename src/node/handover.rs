@@ -49,8 +49,7 @@ pub async fn hand_over(shared: &Shared) {
 
 /// Has the living core of a node hand over, if it leads by its own word. The view follows the others meanwhile.
 pub async fn pass_on(shared: &Shared, core: &Core, why: &str) {
-    let metrics = core.raft_metrics();
-    if metrics.current_leader != Some(metrics.id) || metrics.membership_config.voter_ids().nth(1).is_none() {
+    if !leads(core) || core.raft_metrics().membership_config.voter_ids().nth(1).is_none() {
         return;
     }
     tracing::warn!("giving leadership away: {why}");
@@ -65,7 +64,15 @@ pub async fn pass_on_to(shared: &Shared, core: &Core, id: u64, why: &str) {
 
 async fn transfer(shared: &Shared, core: &Core, deadline: Instant, is_wanted: impl Fn(u64) -> bool) {
     let began = Instant::now();
+    let Some(_alone) = shared.flows.move_alone(deadline).await else {
+        return tracing::warn!("a transfer of leadership that was begun before has not ended");
+    };
     let mut view = shared.view.subscribe();
+    if !leads(core) {
+        // By the transfer before: who asked for this one wants to know the new leader.
+        wait_for(&mut view, deadline, leads_elsewhere).await;
+        return;
+    }
     for (id, name) in candidates(shared, core, is_well).await.into_iter().filter(|(id, _)| is_wanted(*id)) {
         if core.raft.trigger().transfer_leader(id).await.is_err() {
             return;
@@ -85,6 +92,7 @@ async fn transfer(shared: &Shared, core: &Core, deadline: Instant, is_wanted: im
 pub async fn hand_over_for_room(shared: &Shared, core: &Core) -> bool {
     let began = Instant::now();
     let deadline = began + HAND_OVER_MAX;
+    let Some(_alone) = shared.flows.move_alone(deadline).await.filter(|_| leads(core)) else { return false };
     let mut view = shared.view.subscribe();
     for (id, name) in candidates(shared, core, has_room).await {
         let each = election_max(shared);
@@ -136,6 +144,12 @@ fn say_done(shared: &Shared, asked: &str, began: Instant) {
 
 fn election_max(shared: &Shared) -> Duration {
     Duration::from_millis(shared.config.cluster.election_max_ms.saturating_mul(2))
+}
+
+/// Whether the core leads by its own word.
+fn leads(core: &Core) -> bool {
+    let metrics = core.raft_metrics();
+    metrics.current_leader == Some(metrics.id)
 }
 
 fn leads_others(view: &ClusterView) -> bool {

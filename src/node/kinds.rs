@@ -37,6 +37,10 @@ pub enum Kind {
     ReadIndex = 33,
     /// What a node knows about itself: `()` → `StatusReply`.
     Status = 34,
+    /// Commands for the leader that the sender does not reach, to be passed on to it: as `Forward`.
+    Relay = 36,
+    /// Which leader speaks to you? `()` → `way::WayReply`, in JSON.
+    Way = 37,
     /// What do you know of these log entries? `EntryQuestions` → `EntryAnswers`. Answered before the own log is whole.
     Entries = 40,
     /// Where does your log end? Behind the appends on the same connection. `()` → `LogEndReply`.
@@ -56,7 +60,7 @@ pub enum Kind {
 }
 
 /// Every kind with its lane.
-pub const KINDS: [(Kind, Lane); 22] = [
+pub const KINDS: [(Kind, Lane); 24] = [
     (Kind::Probe, Lane::Control),
     (Kind::Assign, Lane::Control),
     (Kind::RebuildAsk, Lane::Control),
@@ -72,6 +76,8 @@ pub const KINDS: [(Kind, Lane); 22] = [
     (Kind::Forward, Lane::Log),
     (Kind::ReadIndex, Lane::Control),
     (Kind::Status, Lane::Control),
+    (Kind::Relay, Lane::Log),
+    (Kind::Way, Lane::Control),
     // On `Bulk`, because copies of entries may be large.
     (Kind::Entries, Lane::Bulk),
     (Kind::LogEnd, Lane::Log),
@@ -102,7 +108,7 @@ mod tests {
     #[test]
     fn numbers_are_frozen_unique_and_probes_are_below_the_bound() {
         let numbers: Vec<u16> = KINDS.iter().map(|(kind, _)| kind.number()).collect();
-        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 32, 33, 34, 40, 35, 48, 49, 50, 51, 52, 53]);
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 32, 33, 34, 36, 37, 40, 35, 48, 49, 50, 51, 52, 53]);
         for (kind, _) in KINDS {
             assert_eq!(Kind::of(kind.number()), Some(kind));
             use Kind::{About, Assign, Candidate, LookAgain, Probe, RebuildAsk, Standing};

@@ -12,6 +12,10 @@
 //!   and entries only hold it: not below what they say, and not above it by more than `AHEAD_MS_MAX`.
 //! - What a leader has stamped and nobody has committed is forgotten with its term.
 //!
+//! A node that applies nothing, because it has no core or its core has ended, would soon stamp what it takes with a time
+//! that has passed. It hears log time from the leader that refuses such a command ([`Estimate::hear`]). What was heard goes
+//! into commands only, until an entry is applied: stamps of entries come from entries.
+//!
 //! While nothing is written log time advances by at most `IDLE_STEP_MS`, so that the estimates of two nodes differ by the
 //! drift of their clocks over that time only.
 
@@ -45,6 +49,8 @@ pub struct Estimate {
     applied_ms: u64,
     /// The estimate at that moment.
     from: Applied,
+    /// What a leader has said since, and when.
+    heard: Option<Applied>,
 }
 
 impl Estimate {
@@ -55,9 +61,23 @@ impl Estimate {
             let at_monotonic_ms = applied.at_monotonic_ms;
             let most = applied.log_time_ms.saturating_add(AHEAD_MS_MAX);
             let log_time_ms = go_on(self.from, at_monotonic_ms).clamp(applied.log_time_ms, most);
-            *self = Estimate { applied_ms: applied.log_time_ms, from: Applied { log_time_ms, at_monotonic_ms } };
+            let from = Applied { log_time_ms, at_monotonic_ms };
+            *self = Estimate { applied_ms: applied.log_time_ms, from, heard: None };
         }
         go_on(self.from, now_monotonic_ms)
+    }
+
+    /// The same for a command that this node takes.
+    pub fn for_command(&mut self, applied: Applied, now_monotonic_ms: u64) -> u64 {
+        let own_ms = self.now(applied, now_monotonic_ms);
+        self.heard.map_or(own_ms, |heard| own_ms.max(go_on(heard, now_monotonic_ms)))
+    }
+
+    /// A leader has said what log time is.
+    pub fn hear(&mut self, log_time_ms: u64, now_monotonic_ms: u64) {
+        if self.heard.is_none_or(|heard| go_on(heard, now_monotonic_ms) < log_time_ms) {
+            self.heard = Some(Applied { log_time_ms, at_monotonic_ms: now_monotonic_ms });
+        }
     }
 }
 

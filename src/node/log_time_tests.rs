@@ -1,6 +1,6 @@
 //! Log time on one node, and on three of which one is cut off.
 use super::*;
-use crate::node::submit_rules::{Event, Leader, Life, Step};
+use crate::node::submit_rules::{AttemptEnd, Event, Leader, Life, Step};
 
 const START_MS: u64 = 1_000_000;
 
@@ -32,6 +32,11 @@ impl Nodes {
 
     fn estimate(&mut self, node: usize) -> u64 {
         self.estimates[node].now(self.applied[node], self.now_ms)
+    }
+
+    /// What a command is taken at.
+    fn for_command(&mut self, node: usize) -> u64 {
+        self.estimates[node].for_command(self.applied[node], self.now_ms)
     }
 
     fn stamp(&mut self, leader: usize, term: u64) -> u64 {
@@ -145,4 +150,43 @@ fn a_command_outlives_the_return_of_a_leader_that_was_alone() {
         let stamp_ms = nodes.stamp(0, 3);
         assert!(stamp_ms <= resend_until_ms, "too old by {} ms, latency {latency_ms}", stamp_ms - resend_until_ms);
     }
+}
+
+/// Node 2 has lost its files, or its core has ended, and its clients go on.
+#[test]
+fn a_node_that_applies_nothing_hears_log_time_with_the_first_command_that_is_late() {
+    let mut nodes = Nodes::new(20);
+    nodes.write_for(600_000, 0, 1, &[0, 1]);
+    let leader = Leader::Node { id: 0, term: 1 };
+    let next = Leader::Node { id: 1, term: 2 };
+    let sent = |step| match step {
+        Step::Send { resend_until_ms, .. } => resend_until_ms,
+        other => panic!("{other:?}"),
+    };
+    let taken_ms = nodes.for_command(2);
+    let mut late = Life::new(taken_ms, 3_000);
+    let resend_until_ms = sent(late.next(Event::Go, leader, taken_ms));
+    let at_leader_ms = nodes.stamp(0, 1);
+    assert!(resend_until_ms < at_leader_ms, "it stands still here");
+    nodes.estimates[2].hear(at_leader_ms, nodes.now_ms);
+    let now_ms = nodes.for_command(2);
+    let expired = Event::Ended(AttemptEnd::Expired { log_time_ms: at_leader_ms });
+    assert_eq!(sent(late.next(expired, leader, now_ms)), at_leader_ms + 3_000);
+    // The leader freezes under a later one, which the next leader takes all the same.
+    nodes.write_for(30_000, 0, 1, &[0, 1]);
+    let taken_ms = nodes.for_command(2);
+    let mut life = Life::new(taken_ms, 3_000);
+    sent(life.next(Event::Go, leader, taken_ms));
+    nodes.now_ms += 600;
+    let now_ms = nodes.for_command(2);
+    let resend_until_ms = sent(life.next(Event::LeaderChanged, next, now_ms));
+    let stamp_ms = nodes.stamp(1, 2);
+    assert!(stamp_ms <= resend_until_ms, "too old by {} ms", stamp_ms - resend_until_ms);
+    // What it would stamp comes from entries, and so does all of it once one is applied again.
+    assert_eq!(nodes.estimate(2), START_MS + IDLE_STEP_MS);
+    nodes.estimates[2].hear(u64::MAX / 2, nodes.now_ms);
+    assert_eq!(nodes.for_command(2), u64::MAX / 2);
+    nodes.write_for(20, 1, 2, &[1, 2]);
+    let (own_ms, entries_ms) = (nodes.for_command(2), nodes.applied[2].log_time_ms);
+    assert!((entries_ms..=entries_ms + AHEAD_MS_MAX).contains(&own_ms), "{own_ms} after {entries_ms}");
 }

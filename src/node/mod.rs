@@ -65,6 +65,7 @@ pub mod upkeep;
 pub mod vital;
 mod watch;
 pub mod watchdog;
+mod way;
 
 use std::{
     sync::{Arc, Weak},
@@ -335,9 +336,20 @@ impl Node {
         view.leader.as_ref().filter(|leader| !leader.here).map(|leader| leader.name.clone())
     }
 
-    /// Whether this node leads, by its own word.
+    /// Whether this node leads and a majority speaks to it; the first moments of a leader count.
     pub fn leads(&self) -> bool {
-        self.shared().view.borrow().role == core::Role::Leader
+        status::leads(&self.shared())
+    }
+
+    /// Why requests are better sent to another node, if so: this one reaches neither a leader nor a majority, and has not
+    /// for longer than elections take.
+    pub fn cut_off(&self) -> Option<String> {
+        self.shared().way.borrow().cut_off.clone()
+    }
+
+    /// Returns once that is so, with the reason.
+    pub async fn wait_cut_off(&self) -> String {
+        self.take().wait_cut_off().await
     }
 
     /// `host:port` of the HTTP listener of another member, if it is known.

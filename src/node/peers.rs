@@ -64,7 +64,7 @@ impl Peers {
         let boots = self.inner.boots.clone();
         // An answer of an old copy must not count either: its vote or acknowledgement could lose data.
         let check: ReplyCheck = Arc::new(move |from: &PeerHello| match boots.observe(from.node_id, from.boot) {
-            Ok(_) => Ok(()),
+            Ok(()) => Ok(()),
             Err(stale) => Err(Refusal::new(code::STALE_BOOT, stale.to_string())),
         });
         Peer::with_reply_check(provider, addr.to_owned(), id, lane, self.inner.limits.clone(), check)

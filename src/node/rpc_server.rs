@@ -26,13 +26,18 @@ use super::{
     bootstrap::{Assignment, ProbeAnswer},
     checkpoint_receive::CheckpointInbox,
     core::{RaftNode, Shared},
+    forward::relayed_answer,
     kinds::Kind,
     level, members,
     messages::{
-        EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, unpack,
+        EntryQuestions, ForwardReply, ForwardRequest, LogEndReply, ProposeAnswer, ReadIndexReply, pack, pack_json,
+        unpack,
     },
     process::Process,
+    proposer::command_bytes,
     rebuild, repair, status,
+    submit_rules::AttemptEnd,
+    way,
 };
 use crate::{clock, config::MemberRole};
 
@@ -115,25 +120,27 @@ impl ConnectionHandler for Connection {
             }
             _ => {}
         }
+        // What a node needs to pass on the requests of its clients: it promises nothing to that node.
+        let promises = !matches!(kind, Kind::Status | Kind::Forward | Kind::Relay | Kind::Way | Kind::ReadIndex);
         if is_guest(self.hello.node_id) {
-            return match kind {
-                // What it needs to pass on the requests of its clients. Nothing about it is remembered.
-                Kind::Status | Kind::Forward | Kind::ReadIndex => self.handle(shared, kind, body),
-                _ => now(Err(refused("the sender has no place in this cluster yet"))),
+            return match promises {
+                // Nothing about it is remembered.
+                false => self.handle(shared, kind, body),
+                true => now(Err(refused("the sender has no place in this cluster yet"))),
             };
         }
-        // The boot count must be durable here before anything is promised to its bearer.
-        let boot = match self.process.boots.observe(self.hello.node_id, self.hello.boot) {
-            Ok(version) => version,
-            Err(stale) => return now(Err(Refusal::new(code::STALE_BOOT, stale.to_string()))),
-        };
+        let (sender, boot) = (self.hello.node_id, self.hello.boot);
+        if let Err(stale) = self.process.boots.observe(sender, boot) {
+            return now(Err(Refusal::new(code::STALE_BOOT, stale.to_string())));
+        }
         let handled = self.handle(Arc::clone(&shared), kind, body);
-        if self.process.boots.is_saved(boot) {
+        // The boot must be durable here before anything is promised to its bearer; that of no other node (see `boots`).
+        if !promises || self.process.boots.is_saved(sender, boot) {
             return handled;
         }
         async move {
-            // Not `refused`: the request is in Raft's queue or the proposer's by now.
-            shared.boots.wait_saved(boot).await.map_err(failed)?;
+            // Not `refused`: the request is in Raft's queue by now.
+            shared.boots.wait_saved(sender, boot).await.map_err(failed)?;
             handled.await
         }
         .boxed()
@@ -144,6 +151,9 @@ impl Connection {
     fn handle(&self, shared: Arc<Shared>, kind: Kind, body: Bytes) -> BoxFuture<'static, Answer> {
         if kind == Kind::Status {
             return now(answer(&status::own_status(&shared)));
+        }
+        if kind == Kind::Way {
+            return now(pack_json(&way::reply(&shared)).map_err(failed));
         }
         if kind == Kind::Entries {
             return entries(shared, body).boxed();
@@ -171,6 +181,7 @@ impl Connection {
                 },
             ),
             Kind::Forward => forward(shared, &body),
+            Kind::Relay => relay(shared, &body),
             Kind::LogEnd => log_end(shared),
             Kind::ReadIndex => read_index(shared).boxed(),
             Kind::CheckpointOpen => self.inbox.clone().open(shared, body).boxed(),
@@ -187,6 +198,7 @@ impl Connection {
             | Kind::LookAgain
             | Kind::About
             | Kind::Status
+            | Kind::Way
             | Kind::Entries => now(Err(failed("handled before"))),
         }
     }
@@ -273,6 +285,47 @@ fn forward(shared: Arc<Shared>, body: &Bytes) -> BoxFuture<'static, Answer> {
             answers.push(match queued {
                 Ok(pending) => {
                     pending.await.unwrap_or_else(|_| ProposeAnswer::Unknown("the proposer has ended".into()))
+                }
+                Err(answer) => answer,
+            });
+        }
+        answer(&ForwardReply { answers })
+    }
+    .boxed()
+}
+
+/// Passes commands on to the leader for a node that does not reach it. One hop: what goes out from here is `Forward`, which
+/// is proposed where it arrives, or refused.
+fn relay(shared: Arc<Shared>, body: &Bytes) -> BoxFuture<'static, Answer> {
+    let leader = shared.view.borrow().leader.clone();
+    let leader = match leader {
+        Some(leader) if leader.here => return forward(shared, body),
+        Some(leader) => leader,
+        None => return now(Err(refused("no leader is known here"))),
+    };
+    if let Some(why) = shared.silenced() {
+        return now(Err(refused(why)));
+    }
+    let request: ForwardRequest = match read(body) {
+        Ok(request) => request,
+        Err(refusal) => return now(Err(refusal)),
+    };
+    // They hold their places here as the commands of this node's own clients do.
+    let passed_on: Vec<_> = request
+        .commands
+        .into_iter()
+        .map(|command| {
+            let place = shared.park.enter(command_bytes(&command)).map_err(|_| ProposeAnswer::Busy)?;
+            Ok((place, shared.forwarders.forward(leader.id, &leader.addr, Arc::new(command))))
+        })
+        .collect();
+    async move {
+        let mut answers = Vec::with_capacity(passed_on.len());
+        for passed_on in passed_on {
+            answers.push(match passed_on {
+                Ok((_place, end)) => {
+                    let gone = |_| AttemptEnd::Unknown("the forwarding task has ended".into());
+                    relayed_answer(end.await.unwrap_or_else(gone))
                 }
                 Err(answer) => answer,
             });

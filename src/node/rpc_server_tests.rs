@@ -45,21 +45,38 @@ async fn ask_as<T: Serialize>(node: &Node, sender: u64, kind: Kind, request: &T)
     connection.on_request(kind.number(), pack(request).unwrap()).await
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_command_that_was_queued_is_never_refused_as_without_effect() {
-    let dir = tempfile::tempdir().unwrap();
-    let node = node(&dir).await;
-    // The boot count of the sender cannot be saved.
-    std::fs::create_dir(dir.path().join("peers-seen.spare")).unwrap();
-    let command = Command {
-        key: CommandKey { source: KeySource::Node, id: 7 },
+fn command(source: KeySource) -> Command {
+    Command {
+        key: CommandKey { source, id: 7 },
         body_hash: 0,
         resend_until_ms: u64::MAX,
         created_at_ms: 1,
         op: Operation::Assert(vec![]),
-    };
-    let refusal = ask(&node, Kind::Forward, &ForwardRequest { commands: vec![command] }).await.unwrap_err();
-    assert_eq!(refusal.code, FAILED, "{refusal:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promise_waits_for_the_boot_of_whom_it_goes_to_and_nobody_elses() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(&dir).await;
+    let vote = |candidate| VoteRequest::<TypeConfig>::new(Vote::new(0, candidate), None);
+    // Refused as too old by Raft, which is an answer.
+    assert!(ask_as(&node, 77, Kind::Vote, &vote(77)).await.is_ok());
+    // From here on no boot can be saved.
+    let partner = dir.path().join("peers-seen.spare");
+    std::fs::remove_file(&partner).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &partner).unwrap();
+    let refusal = ask_as(&node, 78, Kind::Vote, &vote(78)).await.unwrap_err();
+    assert_eq!(refusal.code, FAILED, "it reached Raft, and is never refused as without effect: {refusal:?}");
+    assert!(ask_as(&node, 77, Kind::Vote, &vote(77)).await.is_ok(), "its own boot is durable");
+    // What promises nothing is answered: with every disk full the clients of a node that restarts read all the same.
+    let request = ForwardRequest { commands: vec![command(KeySource::Node)] };
+    let forwarded: ForwardReply = unpack(&ask_as(&node, 78, Kind::Forward, &request).await.unwrap()).unwrap();
+    assert!(matches!(&forwarded.answers[..], [ProposeAnswer::Outcome(_)]), "{forwarded:?}");
+    assert!(ask_as(&node, 78, Kind::Status, &()).await.is_ok());
+    assert!(ask_as(&node, 78, Kind::ReadIndex, &()).await.is_ok());
+    std::fs::remove_file(&partner).unwrap();
+    assert!(ask_as(&node, 78, Kind::Vote, &vote(78)).await.is_ok(), "there is room again");
     node.shutdown().await;
 }
 
@@ -82,14 +99,8 @@ async fn a_guest_passes_on_requests_and_its_word_counts_for_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(&dir).await;
     let guest = stemedb_net::LocalIdentity::guest([1; 16], 9).node_id;
-    let command = Command {
-        key: CommandKey { source: KeySource::Client, id: 7 },
-        body_hash: 0,
-        resend_until_ms: u64::MAX,
-        created_at_ms: 1,
-        op: Operation::Assert(vec![]),
-    };
-    let forwarded = ask_as(&node, guest, Kind::Forward, &ForwardRequest { commands: vec![command] }).await.unwrap();
+    let request = ForwardRequest { commands: vec![command(KeySource::Client)] };
+    let forwarded = ask_as(&node, guest, Kind::Forward, &request).await.unwrap();
     let reply: ForwardReply = unpack(&forwarded).unwrap();
     assert!(matches!(&reply.answers[..], [ProposeAnswer::Outcome(_)]), "{reply:?}");
     assert!(ask_as(&node, guest, Kind::Status, &()).await.is_ok());

@@ -375,6 +375,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         list_hash: bootstrap::list_hash(&process.peers),
         assignments,
         view: watch::Sender::default(),
+        way: watch::Sender::default(),
         freshness: Default::default(),
         log_time: Default::default(),
         last_words: Default::default(),
@@ -501,6 +502,7 @@ async fn run_core(parts: Parts) -> Result<(), StartError> {
     }
     let vital = &shared.vital;
     vital.spawn("the task that watches Raft", watcher::watch_cluster(Arc::clone(&shared), is_outsider));
+    vital.spawn("the task that looks for a way to the leader", super::way::watch(Arc::clone(&shared)));
     vital.spawn("the task that watches the disk", watcher::watch_disk(Arc::clone(&shared)));
     vital.spawn("the task that watches the tree", tree_watch::run(Arc::clone(&shared)));
     vital.spawn("the task that changes the members", super::members::lead::run(Arc::clone(&shared)));

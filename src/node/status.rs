@@ -58,6 +58,9 @@ pub struct Health {
     /// For what a node without a place in the cluster waits, or why one has lost it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub place: Option<String>,
+    /// Why this node is of no use to clients although it is well, if so: it reaches too few of the others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut_off: Option<String>,
     /// Version of the program.
     pub version: String,
 }
@@ -166,6 +169,7 @@ pub fn health(shared: &Shared) -> Health {
             Some(gone) => Some(gone.why.clone()),
             None => shared.awaits_place.borrow().clone(),
         },
+        cut_off: shared.way.borrow().cut_off.clone(),
         version: VERSION.into(),
     }
 }
@@ -334,7 +338,7 @@ fn quorum_age(metrics: &RaftMetrics<TypeConfig>) -> Option<u64> {
     Some(u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// `host:port` of the HTTP listeners of the other members, the leader's first.
+/// `host:port` of the HTTP listeners of the other members, the leader's first; before it whoever passes commands on to it.
 pub fn other_http_addrs(shared: &Shared) -> Vec<String> {
     let view = shared.view.borrow();
     let own_id = shared.local.load().node_id;
@@ -344,8 +348,18 @@ pub fn other_http_addrs(shared: &Shared) -> Vec<String> {
     let members = view.membership.nodes();
     let mut others: Vec<_> =
         members.filter(|(id, member)| is_other(**id, member) && !member.http_addr.is_empty()).collect();
-    others.sort_by_key(|(id, _)| Some(**id) != leader_id);
+    let through = shared.way.borrow().through.as_ref().map(|via| via.id);
+    others.sort_by_key(|(id, _)| (through.is_some() && through != Some(**id), Some(**id) != leader_id));
     others.into_iter().map(|(_, member)| member.http_addr.clone()).collect()
+}
+
+/// Whether this node leads, as far as it can know: a leader that nobody acknowledges any more may have a successor.
+pub fn leads(shared: &Shared) -> bool {
+    let Some(core) = shared.core.get() else { return false };
+    let lost = |ms: u64| ms > shared.config.cluster.election_max_ms;
+    shared.view.borrow().role == Role::Leader
+        && !shared.way.borrow().is_lost
+        && !ms_since_quorum(shared, core).is_some_and(lost)
 }
 
 /// Whether this node leads and a quorum has acknowledged it within one lease.
@@ -405,6 +419,9 @@ pub fn ready(shared: &Shared) -> Result<(), String> {
             Some(waits_for) => format!("this node has no place in a cluster yet, waiting: {waits_for}"),
             None => "this node is waiting for its cluster to be formed".into(),
         });
+    }
+    if let Some(why) = &shared.way.borrow().cut_off {
+        return Err(format!("this node is cut off: {why}"));
     }
     if !*shared.caught_up.borrow() {
         return Err("this node has not caught up with what was committed when it started".into());

@@ -1,8 +1,12 @@
-//! Runs the life of one command: the rules of `submit_rules` with real waiting and sending.
+//! Runs the life of one command: the rules of `submit_rules` with real waiting and sending. A leader out of reach is reached
+//! through another node where one has a way (`way`).
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::{oneshot, watch},
+    time::Instant,
+};
 use uuid::Uuid;
 
 use super::{
@@ -11,7 +15,8 @@ use super::{
     messages::ProposeAnswer,
     proposer::command_bytes,
     space::Shortage,
-    submit_rules::{AttemptEnd, Event, Life, Step, Verdict},
+    submit_rules::{AttemptEnd, Event, Leader, Life, Step, Verdict},
+    way::{Via, Way},
 };
 use crate::{
     clock, fail_points,
@@ -99,17 +104,19 @@ pub async fn submit(
     });
     let not_applied = |status, detail| SubmitError::NotApplied { status, detail, retry_after_s: RETRY_AFTER_S };
     let place = shared.park.enter(command_bytes(&command)).map_err(|detail| not_applied(429, detail))?;
-    let mut life = Life::new(shared.log_time_ms(), window_ms);
+    let mut life = Life::new(shared.command_log_time_ms(), window_ms);
     let mut view = shared.view.subscribe();
-    let mut asked: Option<LeaderInfo> = None;
+    let mut way = shared.way.subscribe();
+    let mut asked = String::new();
     let mut event = Event::Go;
     let over = tokio::time::sleep_until(deadline);
     tokio::pin!(over);
     loop {
         let leader = view.borrow_and_update().leader_key();
+        let via = way.borrow_and_update().through.clone();
         let mut attempt = None;
         let mut pause = None;
-        match life.next(event, leader, shared.log_time_ms()) {
+        match life.next(event, known_to_somebody(leader, via.as_ref()), shared.command_log_time_ms()) {
             Step::Wait => {}
             Step::Pause { ms } => pause = Some(Duration::from_millis(ms)),
             Step::Send { to, resend_until_ms } => {
@@ -117,16 +124,20 @@ pub async fn submit(
                     Arc::make_mut(&mut command).resend_until_ms = resend_until_ms;
                 }
                 // The rules name the leader of the view that was read above.
-                asked = shared.view.borrow().leader.clone().filter(|l| l.id == to);
-                attempt = Some(send(shared, asked.as_ref(), &command));
+                let info = shared.view.borrow().leader.clone().filter(|l| l.id == to);
+                asked = match (&info, &via) {
+                    (Some(leader), _) => leader.name.clone(),
+                    (None, Some(via)) => via.leader.name.clone(),
+                    (None, None) => String::new(),
+                };
+                attempt = Some(send(shared, info.as_ref(), via.as_ref(), &command));
             }
             Step::Finish(verdict) => {
                 drop(place);
                 return match verdict {
                     Verdict::Outcome(outcome, _) => {
                         fail_points::committed_and_unanswered();
-                        let served_by = asked.map(|leader| leader.name).unwrap_or_default();
-                        Ok(Submitted { outcome, served_by })
+                        Ok(Submitted { outcome, served_by: asked })
                     }
                     Verdict::NotApplied { status, why } => Err(not_applied(status, why)),
                     Verdict::DiskFull(shortages) => Err(SubmitError::DiskFull(shortages)),
@@ -143,8 +154,17 @@ pub async fn submit(
                 Some(_) => Event::LeaderChanged,
                 None => Event::Go,
             },
+            // What went out on the way before may be lost: it is sent again, as to another leader.
+            () = other_way(&mut way, via.as_ref()) => match attempt {
+                Some(_) => Event::LeaderChanged,
+                None => Event::Go,
+            },
             () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Go,
         };
+        if let Event::Ended(AttemptEnd::Expired { log_time_ms }) = &event {
+            // The commands after this one shall not be late to begin with.
+            shared.hear_log_time(*log_time_ms);
+        }
     }
 }
 
@@ -155,7 +175,27 @@ async fn end_of(attempt: Option<&mut Attempt>) -> AttemptEnd {
     }
 }
 
-fn send(shared: &Shared, leader: Option<&LeaderInfo>, command: &Arc<Command>) -> Attempt {
+/// The leader as this node knows it, else as whoever passes commands on to it does.
+fn known_to_somebody(leader: Leader, via: Option<&Via>) -> Leader {
+    match (leader, via) {
+        (Leader::Unknown, Some(via)) => Leader::Node { id: via.leader.id, term: via.leader.term },
+        (leader, _) => leader,
+    }
+}
+
+/// Returns once commands go through another node than `known`. What is on its way through one when the leader is within
+/// reach again is left there: its answer comes, and to send it again would leave its outcome open without need.
+async fn other_way(way: &mut watch::Receiver<Way>, known: Option<&Via>) {
+    if way.wait_for(|way| way.through.is_some() && way.through.as_ref() != known).await.is_err() {
+        // The way ends with the node, whose `stop` ends this wait.
+        std::future::pending::<()>().await;
+    }
+}
+
+fn send(shared: &Shared, leader: Option<&LeaderInfo>, via: Option<&Via>, command: &Arc<Command>) -> Attempt {
+    if let Some(via) = via.filter(|_| leader.is_none_or(|leader| !leader.here)) {
+        return Attempt::There(shared.forwarders.relay(via.id, &via.addr, Arc::clone(command)));
+    }
     match leader {
         None => Attempt::Over(AttemptEnd::NotSent("the leader has just changed".into())),
         Some(leader) if leader.here => match shared.core.get() {

@@ -90,6 +90,28 @@ impl Taken<'_> {
         self.shared.core.get().is_some() && !*self.shared.caught_up.borrow()
     }
 
+    /// Whether the leader is out of reach, and another node has a way to it: the state here gets nothing new.
+    pub fn is_bypassed(&self) -> bool {
+        self.shared.way.borrow().through.is_some()
+    }
+
+    /// Returns once that is so.
+    pub async fn wait_bypassed(&self) {
+        let mut way = self.shared.way.subscribe();
+        if way.wait_for(|way| way.through.is_some()).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Returns once this node is cut off, with the reason.
+    pub async fn wait_cut_off(&self) -> String {
+        let mut way = self.shared.way.subscribe();
+        match way.wait_for(|way| way.cut_off.is_some()).await.map(|way| way.cut_off.clone()) {
+            Ok(why) => why.unwrap_or_default(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Returns when it is still behind after `patience`.
     pub async fn stays_behind(&self, patience: Duration) {
         if self.is_behind() {

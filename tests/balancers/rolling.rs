@@ -6,12 +6,22 @@ use stemedb::judge::summarize_gaps;
 
 use super::support::{Behind, Clients, HANG};
 
-const CLIENTS: u32 = 16;
-/// The drill counts more, see `stemedb drill --kind drain`.
-const REQUESTS: u64 = 1_000;
+/// Clients, requests and passes: those of a test in passing, and with `STEMEDB_TEST_FULL=1`.
+const FEW: (u32, u64, usize) = (16, 1_000, 1);
+const FULL: (u32, u64, usize) = (64, 50_000, 5);
 
 pub async fn costs_no_request(behind: &mut Behind) {
-    let clients = Clients::start(behind, CLIENTS);
+    let (clients, requests, passes) = if super::support::is_full() { FULL } else { FEW };
+    println!(
+        "rolling restarts: {passes} of {requests} requests of {clients} clients ({FULL:?} with STEMEDB_TEST_FULL=1)"
+    );
+    for _ in 0..passes {
+        one_pass(behind, clients, requests).await;
+    }
+}
+
+async fn one_pass(behind: &mut Behind, clients: u32, requests: u64) {
+    let clients = Clients::start(behind, clients);
     clients.have_done(behind, 200).await;
     // The leader first, and whoever leads then next: leadership moves each time.
     let mut waiting = vec![0, 1, 2];
@@ -29,7 +39,7 @@ pub async fn costs_no_request(behind: &mut Behind) {
         clients.have_done(behind, 100).await;
     }
     assert!(transfers >= 2, "leadership moved {transfers} times");
-    while clients.operations() < REQUESTS {
+    while clients.operations() < requests {
         clients.have_done(behind, 1).await;
     }
     let history = clients.finish(behind).await;

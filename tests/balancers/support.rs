@@ -37,6 +37,11 @@ static NEXT_SEED: AtomicU64 = AtomicU64::new(0);
 /// Three nodes and a balancer are as much as two cores serve: one cluster at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
+/// Whether the counts are those of the whole thing.
+pub fn is_full() -> bool {
+    std::env::var_os("STEMEDB_TEST_FULL").is_some_and(|value| value == "1")
+}
+
 /// Waits until no other cluster of this process runs.
 pub async fn alone() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().await
@@ -49,7 +54,8 @@ fn skipped(why: &str) {
     assert!(!may_not, "nothing may be skipped here: {why}");
 }
 
-fn program(kind: Kind) -> Option<PathBuf> {
+/// The program of a balancer; `None`, said on the way, where there is none.
+pub fn program(kind: Kind) -> Option<PathBuf> {
     let given = std::env::var_os("STEMEDB_TEST_ENVOY").filter(|_| kind == Kind::Envoy).map(PathBuf::from);
     match kind.find(given.as_deref()) {
         Ok(program) => Some(program),

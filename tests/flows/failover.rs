@@ -1,8 +1,14 @@
 //! Leadership moves on command, to whom it is told, and writes go on.
 
-use serde_json::{Value, json};
+use std::sync::Arc;
 
-use super::support::{Clients, Cluster};
+use serde_json::{Value, json};
+use stemedb::{
+    cli::http_client::{Call, Client},
+    node::rebuild::fail_point::{hang, is_armed},
+};
+
+use super::support::{Clients, Cluster, HANG};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn leadership_goes_where_it_is_told_and_the_answer_comes_from_a_cluster_that_writes() {
@@ -59,5 +65,33 @@ async fn without_a_target_whoever_lacks_least_takes_over_and_jobs_tell_of_it() {
         // Who asks this wants to read from followers.
         assert!(cluster.get(i, "/v1/health/replica").await.header("x-envoy-degraded").is_none(), "node {i}");
     }
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn leadership_is_moved_by_one_at_a_time() {
+    let cluster = Cluster::new(3).await;
+    let leader = cluster.leader().await;
+    let (target, third) = ((leader + 1) % 3, (leader + 2) % 3);
+    let term = cluster.node(leader).health().term;
+    let folder = cluster.folder(leader);
+    let release = hang(&folder, "failover.trigger");
+    let mut client = Client::new(cluster.endpoint(leader));
+    let call = Call::post("/v1/admin/failover", json!({"target": cluster.name(target)}).to_string());
+    let failover = tokio::spawn(async move { client.call(&call, HANG).await });
+    cluster.until("the point", async |_| (!is_armed(&folder)).then_some(())).await;
+    // It waits behind the failover, whoever it would ask.
+    let stops = Arc::clone(cluster.node(leader));
+    let handing_over = tokio::spawn(async move { stops.hand_over().await });
+    cluster.until("the hand-over", async |c| c.node(leader).is_ready().is_err().then_some(())).await;
+    for n in 0..20 {
+        assert_eq!(cluster.write(third, &format!("held-{n}")).await, cluster.name(leader));
+    }
+    drop(release);
+    handing_over.await.unwrap();
+    let job: Value = failover.await.unwrap().unwrap().json().unwrap();
+    assert_eq!((&job["state"], &job["to"]), (&json!("finished"), &json!(cluster.name(target))), "{job}");
+    assert_eq!(cluster.leader().await, target);
+    assert_eq!(cluster.node(target).health().term, term + 1, "one candidate stood");
     cluster.stop_all().await;
 }

@@ -159,3 +159,27 @@ async fn the_only_node_of_a_database_neither_drains_nor_gives_leadership_away() 
     cluster.all_ready().await;
     cluster.stop_all().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drained_node_whose_disk_cannot_note_it_stays_drained() {
+    let cluster = Cluster::new(1).await;
+    let (forced, persist) = (format!("{DRAIN}?force=true"), json!({"persist": true}));
+    let partner = cluster.folder(0).join("drain.spare");
+    // The disk is full.
+    std::os::unix::fs::symlink("/dev/full", &partner).unwrap();
+    let (_, detail) = cluster.refused(0, &forced, persist.clone()).await;
+    assert!(detail.contains("outlast a restart") && !detail.contains("stays"), "{detail}");
+    assert!(cluster.node(0).is_ready().is_ok(), "nothing is left of a drain that was not begun");
+    cluster.order(0, &forced, json!({})).await;
+    let (_, detail) = cluster.refused(0, &forced, persist.clone()).await;
+    assert!(detail.contains("until then it stays out of traffic"), "{detail}");
+    assert_eq!(cluster.node(0).health().status, "drained");
+    assert!(cluster.node(0).is_ready().is_err());
+    assert!(!cluster.node(0).flows().drain.known().persists);
+    std::fs::remove_file(&partner).unwrap();
+    cluster.order(0, &forced, persist).await;
+    assert!(cluster.node(0).flows().drain.known().persists);
+    cluster.order(0, UNDRAIN, json!({})).await;
+    cluster.all_ready().await;
+    cluster.stop_all().await;
+}

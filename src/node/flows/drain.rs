@@ -188,7 +188,11 @@ impl Run {
                 continue;
             }
             if let Err(error) = self.take(step, &job).await {
-                self.process.flows.drain.set(Mark::None);
+                // What this job has set, and no more. A node that was out of traffic before stays there also when its disk
+                // cannot note it: it may have been drained because that disk is full.
+                if self.process.flows.drain.mark() == Mark::Wants || step == Step::Undo {
+                    self.process.flows.drain.set(Mark::None);
+                }
                 let state = if error == FlowError::Cancelled { JobState::Cancelled } else { JobState::Failed };
                 job.end(state, error.to_string());
                 self.tell(Err(error));
@@ -229,8 +233,10 @@ impl Run {
             Step::Persist => {
                 let kept = Arc::clone(&flows);
                 let written = tokio::task::spawn_blocking(move || kept.drain.persist_blocking(true)).await;
-                let failed =
-                    |why: String| FlowError::Impossible(format!("it cannot be made to outlast a restart: {why}"));
+                let until = if flows.drain.mark().is_out() { "; until then it stays out of traffic" } else { "" };
+                let failed = |why: String| {
+                    FlowError::Impossible(format!("it cannot be made to outlast a restart: {why}{until}"))
+                };
                 written.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
                 self.to_persist = false;
             }
@@ -255,7 +261,7 @@ impl Run {
                 let limit = Duration::from_millis(self.process.config.cluster.request_deadline_ms) + REQUESTS_MARGIN;
                 let waited = job.cancel().run_until_cancelled(timeout(limit, before.wait())).await;
                 if let Some(Err(_)) = waited {
-                    tracing::warn!(requests = before.len(), "requests did not end in time; the drain goes on");
+                    tracing::warn!(requests = before.count(), "requests did not end in time; the drain goes on");
                 }
                 self.busy = waited.is_none();
             }

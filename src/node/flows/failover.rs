@@ -167,6 +167,8 @@ pub async fn move_leadership(
     deadline: Instant,
     job: Option<&Job>,
 ) -> Option<Moved> {
+    // What was chosen before may lead by then, or another one: the steps see it.
+    let _alone = shared.flows.move_alone(deadline).await?;
     let each = Duration::from_millis(shared.config.cluster.election_max_ms.saturating_mul(2));
     let mut left = VecDeque::from(order);
     let mut changes = shared.view.subscribe();

@@ -23,6 +23,11 @@ mod traffic;
 
 use std::{path::Path, sync::Arc};
 
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    time::{Instant, timeout_at},
+};
+
 use super::{files::FileError, rebuild::desk::JobReport};
 use crate::admin::{
     drain::{Mark, Tolerance},
@@ -51,6 +56,8 @@ pub struct Flows {
     pub drain: DrainWatch,
     /// Requests of clients that are under way.
     pub traffic: Traffic,
+    /// Held by whoever has leadership moved.
+    moving: Mutex<()>,
 }
 
 impl Flows {
@@ -61,7 +68,14 @@ impl Flows {
             compactions: Board::new(),
             drain: DrainWatch::open(data_dir)?,
             traffic: Traffic::default(),
+            moving: Mutex::default(),
         })
+    }
+
+    /// The right to have leadership moved, until the answer is dropped: of two candidates who are asked at the same time
+    /// both stand, and an election decides. `None`: another transfer did not end by `deadline`.
+    pub async fn move_alone(&self, deadline: Instant) -> Option<MutexGuard<'_, ()>> {
+        timeout_at(deadline, self.moving.lock()).await.ok()
     }
 }
 

@@ -165,7 +165,10 @@ async fn decide(shared: &Shared, ask: Ask) -> AskReply {
         if let Err(refusal) = may_grant(&view) {
             return AskReply::Refused(refusal);
         }
-        if let Some(held) = held.as_ref().filter(|p| p.name != ask.name && shared.log_time_ms() < p.expires_at_ms()) {
+        // In earnest the entry decides: while nothing is written, it alone moves log time, by which a permit that was left
+        // behind expires.
+        let others = held.as_ref().filter(|p| p.name != ask.name && shared.log_time_ms() < p.expires_at_ms());
+        if let Some(held) = others.filter(|_| ask.dry_run) {
             let why = format!("{}: it is being rebuilt, and one node at a time may be", held.name);
             return AskReply::Refused(Refusal::Waits(vec![why]));
         }

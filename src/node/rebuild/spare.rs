@@ -77,7 +77,8 @@ mod tests {
         std::fs::create_dir(&spare).unwrap();
         assert_eq!(used().node.data_dir, config.node.data_dir, "it is empty");
         let seen = nothing_seen(dir.path());
-        seen.wait_saved(seen.observe(2, 9).unwrap()).await.unwrap();
+        seen.observe(2, 9).unwrap();
+        seen.wait_saved(2, 9).await.unwrap();
         take(&spare, 7, &seen, &Journal { job: 1, ..Journal::default() }).unwrap();
         assert_eq!(SeenBoots::open(&spare, Arc::default()).unwrap().highest(2), Some(9), "what was seen is forgotten");
         let moved = used();

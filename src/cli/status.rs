@@ -51,6 +51,9 @@ pub struct NodeHealth {
     pub disk: Disk,
     /// `none`, `wants`, `draining` or `drained`.
     pub drain: String,
+    /// Why it is of no use to clients although it is well, if so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut_off: Option<String>,
     /// Version of its program.
     pub version: String,
 }
@@ -321,6 +324,7 @@ fn problems(cluster: &ClusterBody, cluster_error: Option<String>, nodes: &[Line]
                 let what = if health.disk.state == "full" { "is full" } else { "failed" };
                 problems.push(format!("the disk of {} {what} ({reason})", line.name));
             }
+            Some(NodeHealth { cut_off: Some(why), .. }) => problems.push(format!("{} is cut off: {why}", line.name)),
             // Somebody has asked for that.
             Some(health) if ["draining", "drained", "joining"].contains(&health.status.as_str()) => {}
             Some(health) if health.status != "ok" => {

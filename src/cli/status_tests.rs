@@ -68,6 +68,14 @@ fn a_node_that_is_cut_off_is_not_called_healthy() {
 }
 
 #[test]
+fn what_a_node_says_of_its_links_is_shown() {
+    let cluster = view(2, Some("b"), 4, &["a", "b", "c"]).cluster;
+    let mut lines = [line("a", "follower", 4, "b"), line("b", "leader", 4, "b"), line("c", "follower", 4, "b")];
+    lines[0].health.as_mut().unwrap().cut_off = Some("it reaches nobody".into());
+    assert_eq!(problems(&cluster, None, &lines), ["a is cut off: it reaches nobody"]);
+}
+
+#[test]
 fn a_full_disk_is_a_problem() {
     let cluster = view(2, Some("b"), 4, &["b"]).cluster;
     let mut full = line("b", "leader", 4, "b");

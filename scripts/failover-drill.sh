@@ -61,11 +61,10 @@ trap '[ -z "$drill" ] || kill -TERM "$drill" 2>/dev/null' TERM
 trap : INT HUP
 "$program" drill "$@" --json --html "$run.html" >"$run.json" 2>"$run.log" 9>&- &
 drill=$!
-# A signal ends a wait and not the drill. Once its end was told there is nothing left to wait for (127).
-while wait "$drill"; ended=$?; [ "$ended" -ne 127 ]; do
-    status=$ended
-    [ "$ended" -gt 128 ] || break
-done
+# A signal ends a wait and not the drill. The shell remembers its exit code once it has ended.
+while wait "$drill"; kill -0 "$drill" 2>/dev/null; do :; done
+wait "$drill"
+status=$?
 for kind in html json; do
     if [ -s "$run.$kind" ]; then
         ln -sfn "$name.$kind" "$reports/latest.$kind"

@@ -177,14 +177,19 @@ end_what_hangs() {
     done
 }
 
-# The feature adds the helper program of the tests on real file systems, and changes nothing else.
-[ $# -gt 0 ] && packages=("$@") || packages=(--workspace)
-cargo test "${packages[@]}" --features faulty-disk --locked --no-run --message-format=json-render-diagnostics "${profile[@]}" \
+# The feature adds the helper program of the tests on real file systems, and changes nothing else. The other packages have
+# none.
+selected=(--workspace --features faulty-disk)
+case " $* " in
+    *" -p "* | *" --package"*) selected=("$@") ;;
+    *) [ $# -eq 0 ] || selected=(--features faulty-disk "$@") ;;
+esac
+cargo test "${selected[@]}" --locked --no-run --message-format=json-render-diagnostics "${profile[@]}" \
     >"$logs/built" || { say "FAILED: it does not build"; exit 1; }
 say "built in $((SECONDS - started)) s"
 # Name, executable and folder of each, in the order of their names.
 jq -r 'select(.profile.test? and .executable) | [.target.name, .executable, (.manifest_path | rtrimstr("/Cargo.toml"))] | @tsv' \
-    "$logs/built" | sort >"$logs/programs"
+    "$logs/built" | sort >"$logs/programs" && [ -s "$logs/programs" ] || { say "FAILED: what was built cannot be listed"; exit 1; }
 
 # Those that neither run servers nor wait for time: a second one at work changes nothing for them.
 quiet='stemedb|stemedb_net|stemedb_raft|commands|crash_points|determinism|docs|engine_[a-z_]+|every_byte|format|full_disk|
@@ -208,7 +213,7 @@ run_all() {
         wait $!
         code=$?
         rm -f "$own.running"
-        [ "$code" = 0 ] || echo "$name ended with $code" >>"$logs/failed"
+        echo "$name $code" >>"$logs/ended"
         # One at a time on the console.
         {
             flock 9
@@ -219,7 +224,7 @@ run_all() {
     done <"$2"
 }
 
-: >"$logs/failed"
+: >"$logs/ended"
 # Groups of their own: else they would ignore SIGINT, and so would every server that they start.
 set -m
 end_what_hangs &
@@ -267,9 +272,11 @@ awk -v skipped="$(count "$skipped")" -v left="$(count "$left_out")" -v took=$((S
           passed - skipped, failed, skipped, left, took }
 ' "$log"
 
-if [ -s "$logs/failed" ]; then
-    say "FAILED"
-    cat "$logs/failed"
+# Each has to have ended well: one that never ran, or whose end could not be noted, did not.
+passed=$(grep -c ' 0$' "$logs/ended")
+if [ "$passed" != "$(wc -l <"$logs/programs")" ]; then
+    say "FAILED: of $(wc -l <"$logs/programs") programs $passed passed"
+    grep -v ' 0$' "$logs/ended" | sed 's/\(.*\) \(.*\)/\1 ended with \2/'
     exit 1
 fi
 if [ -n "$skipped" ] && [ -n "${STEMEDB_TEST_NO_SKIPS:-}" ]; then

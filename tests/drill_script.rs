@@ -14,6 +14,7 @@ const STAND_IN: &str = r#"#!/bin/sh
 echo "$@" >>"$STAND_IN_SAW"
 case "$STAND_IN_ENDS" in
     mute) exit 3 ;;
+    killed) echo "no memory" >&2; kill -9 $$ ;;
     waits)
         trap 'echo "put back" >&2; exit 5' TERM
         : >"$STAND_IN_SAW.waits"
@@ -99,6 +100,17 @@ fn a_run_without_a_report_is_not_shown_with_that_of_an_earlier_one() {
         assert!(shown.is_err(), "latest.{kind} is there");
     }
     assert!(ground.reports.join("latest.log").exists());
+}
+
+#[test]
+fn a_drill_that_was_killed_is_told_with_what_it_said() {
+    let ground = Ground::new();
+    for (ends, code) in [("killed", 137), ("141", 141)] {
+        let told = ground.run(ends, &[]);
+        assert_eq!(told.status.code(), Some(code), "{told:?}");
+        let said = String::from_utf8_lossy(&told.stdout).into_owned();
+        assert!(said.contains("no memory") || said.contains("what it says"), "{said}");
+    }
 }
 
 #[test]

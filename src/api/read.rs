@@ -267,20 +267,21 @@ pub async fn read(
             let ask = Arc::clone(&ask);
             ask_store(api, deadline, move || ask(view)).await
         };
-        let answered = tokio::select! {
+        // With whether this node gave up on its own answer for now: what it says a moment later does not count.
+        let (answered, gave_up) = tokio::select! {
             biased;
             // Also while a thread waits for the disk: nobody knows when that ends.
-            why = taken.wait_silent(), if !asked.was_passed_on() => Err(silent(&why)),
-            answered = here => answered,
-            () = taken.stays_behind(BEHIND_PATIENCE), if !asked.was_passed_on() => Err(behind()),
-            () = taken.wait_bypassed(), if is_fresh && !asked.was_passed_on() => Err(bypassed()),
+            why = taken.wait_silent(), if !asked.was_passed_on() => (Err(silent(&why)), true),
+            answered = here => (answered, false),
+            () = taken.stays_behind(BEHIND_PATIENCE), if !asked.was_passed_on() => (Err(behind()), true),
+            () = taken.wait_bypassed(), if is_fresh && !asked.was_passed_on() => (Err(bypassed()), true),
             why = taken.wait_cut_off(), if is_fresh && asked.is_balanced() => return Err(cut_off(&why)),
         };
         let problem = match answered {
             Ok((index, body)) => return Ok(answer(api, index, body)),
             Err(problem) => problem,
         };
-        let passes = taken.silent().is_some() || taken.is_behind() || taken.is_bypassed();
+        let passes = gave_up || taken.silent().is_some() || taken.is_behind() || taken.is_bypassed();
         if !is_of_this_node(&problem, passes) {
             return Err(problem);
         }

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -195,6 +195,8 @@ pub struct Shared {
     pub way: watch::Sender<Way>,
     /// Contacts with leaders.
     pub freshness: Mutex<Freshness>,
+    /// Monotonic milliseconds at which a leader of the newest term was last heard, answered or not; 0: never.
+    pub leader_heard_at_ms: AtomicU64,
     /// Log time as estimated here.
     pub log_time: Mutex<Estimate>,
     /// State of the disk.

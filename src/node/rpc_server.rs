@@ -6,7 +6,7 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll, Waker},
 };
 
@@ -232,6 +232,10 @@ fn append(shared: Arc<Shared>, body: &Bytes, sender: u64) -> BoxFuture<'static, 
     let committed = request.leader_commit.map(|id| id.index);
     // Not when it is answered: its entries may wait for a sync, and the state is as old as the message.
     let arrived_ms = clock::monotonic_ms();
+    // Whoever waits for the disk here has not lost its leader.
+    if request.vote.leader_id.term >= shared.view.borrow().term {
+        shared.leader_heard_at_ms.fetch_max(arrived_ms, Ordering::Relaxed);
+    }
     let handled = async move {
         let core = shared.core.get().ok_or_else(|| refused("this node is still starting"))?;
         let response = core.raft.append_entries(request).await.map_err(failed)?;

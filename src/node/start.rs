@@ -377,6 +377,7 @@ fn make_shared(process: &Process, own: Option<Identity>, assignments: mpsc::Send
         view: watch::Sender::default(),
         way: watch::Sender::default(),
         freshness: Default::default(),
+        leader_heard_at_ms: Default::default(),
         log_time: Default::default(),
         last_words: Default::default(),
         disk: DiskWatch::default(),

@@ -125,9 +125,11 @@ pub async fn submit(
                 }
                 // The rules name the leader of the view that was read above.
                 let info = shared.view.borrow().leader.clone().filter(|l| l.id == to);
+                // Whoever passes it on may know a newer one.
                 asked = match (&info, &via) {
-                    (Some(leader), _) => leader.name.clone(),
-                    (None, Some(via)) => via.leader.name.clone(),
+                    (Some(leader), _) if leader.here => leader.name.clone(),
+                    (_, Some(via)) => via.leader.name.clone(),
+                    (Some(leader), None) => leader.name.clone(),
                     (None, None) => String::new(),
                 };
                 attempt = Some(send(shared, info.as_ref(), via.as_ref(), &command));

@@ -14,7 +14,7 @@
 //! they are answered.
 
 use std::{
-    sync::{Arc, PoisonError},
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -163,15 +163,16 @@ fn set(shared: &Shared, way: Way) {
     });
 }
 
-/// Whether the leader speaks to this node, or a majority to this leader.
+/// Whether the leader speaks to this node, or a majority to this leader. What it has said may still wait for the disk here:
+/// a node whose syncs are slow has not lost its leader.
 fn is_in_touch(shared: &Shared) -> bool {
     let Some(core) = shared.core.get() else { return false };
     let election_ms = shared.config.cluster.election_max_ms;
     if shared.view.borrow().role == Role::Leader {
         return status::ms_since_quorum(shared, core).is_some_and(|ms| ms <= election_ms);
     }
-    let freshness = *shared.freshness.lock().unwrap_or_else(PoisonError::into_inner);
-    freshness.silence_ms(clock::monotonic_ms()).is_some_and(|ms| ms <= election_ms)
+    let heard_at_ms = shared.leader_heard_at_ms.load(Ordering::Relaxed);
+    heard_at_ms > 0 && clock::monotonic_ms().saturating_sub(heard_at_ms) <= election_ms
 }
 
 async fn look(shared: &Shared) -> Look {

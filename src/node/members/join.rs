@@ -96,10 +96,12 @@ pub async fn place(
     }
     if !ask.automatic {
         shared.members.forget_ways();
-    } else if intent.cause == CAME_BY_ITSELF {
-        // Each way fetches a checkpoint and takes an id: those of this job count as the jobs before it do.
-        let before = times_today(&known, &name, clock::unix_ms());
-        let more = shared.config.rebuild.automatic_per_day.saturating_sub(before.saturating_add(1));
+    } else {
+        // Each way fetches a checkpoint and takes an id: those of this job count as the jobs before it do. One that an
+        // operator has ordered is not counted, and those that the node begins in it by itself are.
+        let by_itself = u64::from(intent.cause == CAME_BY_ITSELF);
+        let before = times_today(&known, &name, clock::unix_ms()).saturating_add(by_itself);
+        let more = shared.config.rebuild.automatic_per_day.saturating_sub(before);
         let known_way = intent.place.map(|place| place.node_job);
         if !shared.members.begins_way(intent.job, ask.job, known_way, more) {
             return too_often(&name);
